@@ -1,0 +1,7 @@
+"""`python -m proctree.cli`."""
+
+import sys
+
+from proctree.cli import main
+
+sys.exit(main())

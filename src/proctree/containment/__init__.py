@@ -1,0 +1,39 @@
+"""Backends: what a tree is held by, and which one is used."""
+
+from __future__ import annotations
+
+from proctree.containment.base import Contained
+from proctree.errors import ContainmentUnavailable
+
+NAMES = ("warden", "group")
+"""Strongest first: the order in which "auto" tries."""
+
+
+def _backend(name: str) -> type[Contained]:
+    if name == "warden":
+        from proctree.containment.warden import WardenContained
+
+        return WardenContained
+    from proctree.containment.group import GroupContained
+
+    return GroupContained
+
+
+def choose(name: str) -> type[Contained]:
+    """The backend for a name, or for "auto" the strongest that can be had.
+
+    Raises:
+        ValueError: an unknown name.
+        ContainmentUnavailable: it cannot be had here; says why.
+    """
+    if name != "auto" and name not in NAMES:
+        known = ", ".join(("auto", *NAMES))
+        raise ValueError(f"containment: {name!r} is none of {known}")
+    reasons = []
+    for candidate in NAMES if name == "auto" else (name,):
+        backend = _backend(candidate)
+        reason = backend.unavailable()
+        if reason is None:
+            return backend
+        reasons.append(f"{candidate}: {reason}")
+    raise ContainmentUnavailable("no containment: " + "; ".join(reasons))

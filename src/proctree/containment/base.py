@@ -1,0 +1,94 @@
+"""What a backend is: something that starts a tree and can end all of it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from proctree.command import Command
+from proctree.lifecycle import Event
+from proctree.loop import Loop
+from proctree.outcome import Usage
+from proctree.policy import KillPolicy, Stage
+from proctree.process.child import Stdio
+
+MEMBERS_REPORTED = 1024
+"""How many leftovers or survivors are kept: a tree must not bloat its supervisor."""
+
+
+class Owner(Protocol):
+    """Who gets what a backend observes. All of it on the loop's thread."""
+
+    def happened(self, event: Event, **payload: Any) -> None:
+        """Something happened to the tree."""
+
+    def could_not_start(self, error: Exception, detail: str) -> None:
+        """There is no main process, because of `error`."""
+
+    def sent(self, serial: int, count: int | None, denied: int) -> None:
+        """What came of `send`."""
+
+
+class Contained(abc.ABC):
+    """One tree in one backend.
+
+    Its methods are called on the loop's thread, except where they say otherwise.
+    """
+
+    name: str
+    needs_loop_thread = False
+    """Whether `attach` has to run on the loop's thread, or may on the launching one."""
+
+    def __init__(self) -> None:
+        self.pid: int | None = None
+        self.usage = Usage()
+        self.exit_usage = Usage()
+
+    @classmethod
+    @abc.abstractmethod
+    def unavailable(cls) -> str | None:
+        """Why this backend cannot be used here, or None. From any thread."""
+
+    @abc.abstractmethod
+    def spawn(
+        self, command: Command, stdio: Stdio, policy: KillPolicy, close_child_ends: Callable[[], None]
+    ) -> None:
+        """Makes the processes; from the caller's thread, with the descriptor lock held.
+
+        Raises:
+            OSError: nothing was made.
+        """
+
+    @abc.abstractmethod
+    def attach(self, loop: Loop, owner: Owner) -> None:
+        """From now on things happen."""
+
+    @abc.abstractmethod
+    def send(self, stage: Stage, *, resume: bool) -> int:
+        """Signals the scope of a stage; `Owner.sent` reports under the number returned."""
+
+    @abc.abstractmethod
+    def survey(self) -> None:
+        """SURVEYED with what is still there."""
+
+    @abc.abstractmethod
+    def sweep(self) -> None:
+        """Whatever held the tree is gone: end what can be found, then SURVEYED."""
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Let go of what is left, unharmed."""
+
+    @abc.abstractmethod
+    def set_frozen(self, frozen: bool) -> None:
+        """Stops every member, or lets all go on."""
+
+    @abc.abstractmethod
+    def root(self) -> int | None:
+        """The process below which (and for the group backend: at which) the members are. From any
+        thread."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Gives back every descriptor. The processes are not touched any more."""

@@ -1,0 +1,346 @@
+"""The backend without a helper: fork, setsid, PR_SET_PDEATHSIG, killpg, and psutil for the rest.
+
+It works where the warden cannot run, and it promises less: what leaves the session, loses its
+parent and clears its environment gets away, and when the supervisor is SIGKILLed only the main
+process goes with it.
+
+Two traps of Linux shape it. PR_SET_PDEATHSIG fires when the parent *thread* ends, so the fork is
+made by the loop's thread, which lives as long as the interpreter. And the main process is not
+reaped before its group has ended: until then its number, and so its group's, can be nobody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import struct
+from collections.abc import Callable
+
+from proctree import events
+from proctree.command import Command
+from proctree.containment.base import MEMBERS_REPORTED, Contained, Owner
+from proctree.errors import errno_name, start_error
+from proctree.lifecycle import Event
+from proctree.loop import READ, Loop
+from proctree.outcome import Member, Usage
+from proctree.policy import KillPolicy, Scope, Stage
+from proctree.process import child, fds, prctl, proof
+from proctree.process.child import Stdio
+from proctree.process.proof import Stat
+from proctree.process.sweep import Search, find
+from proctree.protocol import STEPS
+
+# ioctl_pidfd(2): the exit status of a process that somebody else has reaped, since Linux 6.15.
+PIDFD_GET_INFO = 0xC0000000 | (64 << 16) | (0xFF << 8) | 11
+PIDFD_INFO_EXIT = 1 << 3
+_PIDFD_INFO = struct.Struct("=QQ11Ii")
+
+
+def status_from_pidfd(pidfd: int) -> int | None:
+    """The wait status of an ended process by its pidfd, whoever reaped it; None if not known."""
+    request = bytearray(_PIDFD_INFO.pack(PIDFD_INFO_EXIT, *[0] * 13))
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, request)
+    except OSError:
+        return None
+    values = _PIDFD_INFO.unpack(request)
+    return values[-1] if values[0] & PIDFD_INFO_EXIT else None
+
+
+class GroupContained(Contained):
+    name = "group"
+    needs_loop_thread = True
+
+    def __init__(self, tree_id: str) -> None:
+        super().__init__()
+        self._tree_id = tree_id
+        self._loop: Loop
+        self._owner: Owner
+        self._command: Command
+        self._stdio: Stdio = (None, None, None)
+        self._close_child_ends: Callable[[], None] = lambda: None
+        self._prctl: prctl.Prctl
+        self._report = -1
+        self._main_pidfd = -1
+        self._main_start = 0
+        self._main_exited = False
+        self._reaped = False
+        self._serial = 0
+        self._empty = False
+        self._closed = False
+        self._watched: dict[int, tuple[int, Stat]] = {}
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        if not hasattr(os, "pidfd_open"):
+            return "this Python was built without pidfd_open"
+        return None
+
+    # -- making it
+
+    def spawn(
+        self,
+        command: Command,
+        stdio: Stdio,
+        policy: KillPolicy,
+        close_child_ends: Callable[[], None],
+    ) -> None:
+        # The fork itself waits for the loop's thread, for the reason that the module gives.
+        self._command = command
+        self._stdio = stdio
+        self._close_child_ends = close_child_ends
+        self._prctl = prctl.load()
+
+    def attach(self, loop: Loop, owner: Owner) -> None:
+        self._loop = loop
+        self._owner = owner
+        try:
+            self._fork()
+        except OSError as error:
+            owner.could_not_start(error, f"fork: {errno_name(error.errno or 0)}")
+        finally:
+            self._close_child_ends()
+
+    def _fork(self) -> None:
+        with fds.making():
+            reader, writer = fds.pipe()
+            parent = os.getpid()
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    child.run_forked(
+                        self._command, self._stdio, self._prctl, parent, writer, (reader,)
+                    )
+            except OSError:
+                os.close(reader)
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                os.close(writer)
+            self.pid = pid
+            self._report = fds.own(reader)
+            self._main_pidfd = fds.own(os.pidfd_open(pid))
+        os.set_blocking(self._report, False)
+        stat = proof.read_stat(pid)
+        self._main_start = stat.start_time if stat else 0
+        self._loop.register(self._report, READ, self._reported)
+
+    def _reported(self, _mask: int) -> None:
+        """The child has become the command (end of file), or says why not."""
+        data = os.read(self._report, child.REPORT.size)
+        self._loop.unregister(self._report)
+        fds.close(self._report)
+        self._report = -1
+        if not data:
+            self._owner.happened(Event.STARTED)
+            self._loop.register(self._main_pidfd, READ, self._main_ended)
+            return
+        number, step = child.REPORT.unpack(data)
+        name = STEPS.get(step, f"step {step}")
+        cwd = None if self._command.cwd is None else os.fsdecode(self._command.cwd)
+        error = start_error(number, name, self._command.program, cwd)
+
+        def ended(_mask: int) -> None:
+            self._loop.unregister(self._main_pidfd)
+            self._reap()
+            self._owner.could_not_start(error, f"{name}: {errno_name(number)}")
+
+        self._loop.register(self._main_pidfd, READ, ended)
+
+    # -- what happens
+
+    def _peek(self) -> int | None:
+        """The wait status of the main process, which stays a zombie and so keeps its number."""
+        try:
+            info = os.waitid(os.P_PIDFD, self._main_pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:
+            # SIGCHLD is ignored here, or another waitpid(-1) took it.
+            self._reaped = True
+            status = status_from_pidfd(self._main_pidfd)
+            if status is None:
+                events.warning("status.stolen", tree_id=self._tree_id, pid=self.pid)
+            return status
+        if info is None:
+            return None
+        if info.si_code == os.CLD_EXITED:
+            return info.si_status << 8
+        return info.si_status | (0x80 if info.si_code == os.CLD_DUMPED else 0)
+
+    def _main_ended(self, _mask: int) -> None:
+        self._loop.unregister(self._main_pidfd)
+        self._main_exited = True
+        status = self._peek()
+        members = self._find()
+        leftovers = tuple(_member(stat) for _, stat in members[:MEMBERS_REPORTED])
+        self._watch(members)
+        self._owner.happened(Event.MAIN_EXITED, status=status, leftovers=leftovers)
+        self._look_for_empty()
+
+    def _search(self) -> Search:
+        main = None if self._reaped else self.pid
+        return Search(self.pid, self._main_pidfd, main, self._main_start, self._tree_id)
+
+    def _find(self) -> list[tuple[int, Stat]]:
+        """Everything that bears a mark of the tree, the main process left out."""
+        return find(self._search())
+
+    def _watch(self, members: list[tuple[int, Stat]]) -> None:
+        """Their ends are events from now on."""
+        known = {(stat.pid, stat.start_time) for _, stat in self._watched.values()}
+        for pidfd, stat in members:
+            if (stat.pid, stat.start_time) in known or self._closed:
+                os.close(pidfd)
+                continue
+            self._watched[fds.own(pidfd)] = (pidfd, stat)
+            self._loop.register(pidfd, READ, lambda _mask, fd=pidfd: self._member_ended(fd))
+
+    def _member_ended(self, pidfd: int) -> None:
+        self._forget(pidfd)
+        self._look_for_empty()
+
+    def _forget(self, pidfd: int) -> None:
+        del self._watched[pidfd]
+        self._loop.unregister(pidfd)
+        fds.close(pidfd)
+
+    def _look_for_empty(self) -> None:
+        """Empty, as far as this backend can know: the main process has ended, so have all members
+        that were found, and a fresh search finds none."""
+        if not self._main_exited or self._watched or self._empty or self._closed:
+            return
+        members = self._find()
+        if members:
+            self._watch(members)
+            return
+        self._empty = True
+        self._reap()
+        self._owner.happened(Event.EMPTY)
+
+    def _reap(self) -> None:
+        if self._main_pidfd < 0 or self.pid is None:
+            return
+        if not self._reaped:
+            with contextlib.suppress(ChildProcessError):
+                _, _, usage = os.wait4(self.pid, 0)
+                self.usage = Usage(usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024)
+            self._reaped = True
+        self._loop.unregister(self._main_pidfd)
+        fds.close(self._main_pidfd)
+        self._main_pidfd = -1
+
+    # -- what is done
+
+    def _signal_group(self, signo: int) -> bool:
+        """killpg, while the number is certainly ours: the main process has not been reaped. A host
+        program that takes it away from us makes killpg inexact, so then nothing is sent."""
+        if self.pid is None or self._reaped or not self._still_ours():
+            return False
+        try:
+            os.killpg(self.pid, signo)
+        except ProcessLookupError:
+            return False
+        except PermissionError as error:
+            events.warning(
+                "signal.denied", tree_id=self._tree_id, pid=-self.pid, errno=errno_name(error.errno)
+            )
+        return True
+
+    def _still_ours(self) -> bool:
+        return self._main_pidfd >= 0 and proof.holds_number(self._main_pidfd)
+
+    def send(self, stage: Stage, *, resume: bool) -> int:
+        self._serial += 1
+        serial = self._serial
+        count, denied = self._send(stage, resume=resume)
+        self._loop.post(lambda: self._owner.sent(serial, count, denied))
+        self._loop.post(self._look_for_empty)
+        return serial
+
+    def _send(self, stage: Stage, *, resume: bool) -> tuple[int, int]:
+        if stage.scope is Scope.MAIN:
+            return self._send_main(stage, resume=resume)
+        members = self._find()
+        group_done = self._signal_group(stage.signal)
+        count, denied = int(group_done and not self._main_exited), 0
+        if group_done and resume and not self._main_exited:
+            self._resume(self._main_pidfd, self.pid)
+        for pidfd, stat in members:
+            in_group = stat.pgrp == self.pid
+            if stage.scope is Scope.GROUP and not in_group:
+                continue
+            try:
+                signal.pidfd_send_signal(pidfd, 0 if in_group and group_done else stage.signal)
+                count += 1
+                if resume:
+                    self._resume(pidfd, stat.pid)
+            except ProcessLookupError:
+                pass
+            except OSError:
+                denied += 1
+        self._watch(members)
+        return count, denied
+
+    def _send_main(self, stage: Stage, *, resume: bool) -> tuple[int, int]:
+        if self._main_exited or self._main_pidfd < 0:
+            return 0, 0
+        try:
+            signal.pidfd_send_signal(self._main_pidfd, stage.signal)
+        except ProcessLookupError:
+            return 0, 0
+        except OSError:
+            return 0, 1
+        if resume:
+            self._resume(self._main_pidfd, self.pid)
+        return 1, 0
+
+    def _resume(self, pidfd: int, pid: int | None) -> None:
+        stat = proof.read_stat(pid) if pid is not None else None
+        if stat is not None and stat.state in "Tt":
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+
+    def set_frozen(self, frozen: bool) -> None:
+        self._send(Stage(signal.SIGSTOP if frozen else signal.SIGCONT), resume=False)
+
+    def survey(self) -> None:
+        members = self._find()
+        survivors = [_member(stat) for _, stat in members[:MEMBERS_REPORTED]]
+        if not self._main_exited and self.pid is not None:
+            main = proof.read_stat(self.pid)
+            if main is not None and not main.dead:
+                survivors.insert(0, _member(main))
+        for pidfd, _ in members:
+            os.close(pidfd)
+        result = tuple(survivors)
+        self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=result))
+
+    def sweep(self) -> None:
+        self.survey()
+
+    def release(self) -> None:
+        self.close()
+
+    def root(self) -> int | None:
+        return None if self._reaped else self.pid
+
+    def close(self) -> None:
+        self._closed = True
+        for pidfd in list(self._watched):
+            self._forget(pidfd)
+        if self._report >= 0:
+            self._loop.unregister(self._report)
+            fds.close(self._report)
+            self._report = -1
+        if self._main_pidfd >= 0:
+            self._loop.unregister(self._main_pidfd)
+            if self._main_exited:
+                self._reap()
+            else:
+                self._loop.register(self._main_pidfd, READ, lambda _mask: self._reap())
+
+
+def _member(stat: Stat) -> Member:
+    return Member(stat.pid, stat.ppid, stat.start_time, stat.state, stat.name)

@@ -1,0 +1,443 @@
+"""The default backend: one small C process per tree, which outlives us for as long as that takes.
+
+See src/warden/warden.c. The warden does mechanism: it signals exactly, reaps, and proves by ECHILD
+that the tree is empty. Which signal when is decided here, by the lifecycle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import NoReturn
+
+from proctree import events, protocol
+from proctree.command import Command
+from proctree.containment.base import MEMBERS_REPORTED, Contained, Owner
+from proctree.errors import ContainmentUnavailable, errno_name, start_error
+from proctree.lifecycle import Event
+from proctree.loop import READ, Loop
+from proctree.outcome import Member, Reason, Usage
+from proctree.policy import KillPolicy, Stage
+from proctree.process import fds
+from proctree.process.child import Stdio
+from proctree.protocol import Message, ProtocolError, RawMember, Type
+
+WARDEN_VARIABLE = "PROCTREE_WARDEN"
+"""Environment variable: another warden binary, for packagers and for sanitizer builds."""
+
+
+_DEFAULT_PATH = os.path.join(os.path.dirname(os.path.dirname(__file__)), "proctree-warden")
+_found: set[tuple[int, str]] = set()
+"""(our pid, path) for which a warden was found usable: looked up once, and anew after a fork."""
+
+
+def warden_path() -> str:
+    """Where the helper is: beside the package."""
+    return os.environ.get(WARDEN_VARIABLE, _DEFAULT_PATH)
+
+
+def _usage(user_us: int, system_us: int, max_rss: int) -> Usage:
+    return Usage(user_us / 1e6, system_us / 1e6, max_rss)
+
+
+def _member(raw: RawMember) -> Member:
+    return Member(raw.pid, raw.ppid, raw.start_time, raw.state, raw.name, raw.error)
+
+
+class WardenContained(Contained):
+    name = "warden"
+
+    def __init__(self, tree_id: str) -> None:
+        super().__init__()
+        self._tree_id = tree_id
+        self._warden = -1
+        self._pidfd = -1
+        self._control: socket.socket | None = None
+        self._loop: Loop
+        self._owner: Owner
+        self._command: Command
+        self._serial = 0
+        self._survey_serial = 0
+        self._members: list[Member] = []
+        self._main_start = 0
+        self._main_exited = False
+        self._started = False
+        self._said_empty = False
+        self._reaped = False
+        self._lost = False
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        path = warden_path()
+        key = (os.getpid(), path)
+        if key in _found:
+            return None
+        if not os.access(path, os.X_OK):
+            return f"the helper {path} is missing or not executable"
+        try:
+            self_pid = os.readlink("/proc/self")
+        except OSError as error:
+            return f"/proc is not readable ({errno_name(error.errno or 0)})"
+        if self_pid != str(os.getpid()):
+            return "/proc belongs to another PID namespace"
+        _found.add(key)
+        return None
+
+    # -- making it
+
+    def spawn(
+        self,
+        command: Command,
+        stdio: Stdio,
+        policy: KillPolicy,
+        close_child_ends: Callable[[], None],
+    ) -> None:
+        self._command = command
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control = fds.above_stdio(theirs.detach())
+        try:
+            ours.setblocking(False)
+            fds.own(ours.fileno())
+            if command.function is None:
+                self._warden = self._spawn_command(command, stdio, control)
+            else:
+                self._warden = self._fork_callable(command, stdio, control)
+            self._pidfd = fds.own(os.pidfd_open(self._warden))
+            # The warden waits for this message, so it was alive when its pidfd was opened, and the
+            # pidfd cannot be that of a process which was given its number.
+            with contextlib.suppress(OSError):  # it is gone already: its end is read in attach()
+                ours.send(protocol.encode_start(policy.stages))
+            self._control = ours
+        except BaseException:
+            fds.close(ours.detach())
+            raise
+        finally:
+            os.close(control)
+            close_child_ends()
+
+    def _arguments(self, command: Command, control: int) -> list[bytes]:
+        arguments = [
+            b"proctree-warden: " + command.name.encode("utf-8", "surrogateescape"),
+            b"control=%d" % control,
+            b"supervisor=%d" % os.getpid(),
+        ]
+        if command.pass_fds:
+            arguments.append(b"pass=" + b",".join(b"%d" % fd for fd in command.pass_fds))
+        return arguments
+
+    def _spawn_command(self, command: Command, stdio: Stdio, control: int) -> int:
+        arguments = self._arguments(command, control)
+        if command.cwd is not None:
+            arguments.append(b"cwd=" + command.cwd)
+        actions = [
+            (os.POSIX_SPAWN_DUP2, fd, target)
+            for target, fd in enumerate(stdio)
+            if fd is not None
+        ]
+        actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (control, *command.pass_fds)]
+        # posix_spawn(3) uses CLONE_VFORK: its cost does not grow with our memory, and no Python
+        # runs between fork and exec.
+        return os.posix_spawn(
+            warden_path(),
+            [*arguments, b"--", *command.argv],
+            command.env,
+            file_actions=actions,
+        )
+
+    def _fork_callable(self, command: Command, stdio: Stdio, control: int) -> int:
+        """We fork once; that child forks the callable and becomes its warden by exec."""
+        from proctree.process import prctl
+
+        calls = prctl.load()
+        arguments = self._arguments(command, control)
+        path = warden_path()
+        # Nothing may interrupt the children before they have put their signals in order.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _become_warden(path, arguments, command, stdio, control, calls)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return pid
+
+    # -- what the warden says
+
+    def attach(self, loop: Loop, owner: Owner) -> None:
+        self._loop = loop
+        self._owner = owner
+        assert self._control is not None
+        loop.register(self._control.fileno(), READ, self._readable)
+
+    def _readable(self, _mask: int) -> None:
+        # Bounded, so that a warden that floods us does not keep the loop from other trees.
+        for _ in range(64):
+            if self._control is None or self._lost or self._said_empty:
+                return
+            try:
+                data = self._control.recv(protocol.MAX_MESSAGE)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lose(f"the warden's socket failed ({errno_name(error.errno or 0)})")
+                return
+            if not data:
+                self._lose("the warden ended before its tree did")
+                return
+            try:
+                self._take(protocol.decode(data))
+            except ProtocolError as error:
+                self._lose(f"the warden sent garbage: {error}")
+                return
+
+    def _take(self, message: Message) -> None:
+        self._TAKE[message.type](self, message)
+
+    def _take_started(self, message: Message) -> None:
+        self.pid, _, self._main_start = message.values
+        self._started = True
+        self._owner.happened(Event.STARTED)
+
+    def _take_exec_failed(self, message: Message) -> None:
+        number, step = message.values
+        name = protocol.STEPS.get(step, f"step {step}")
+        cwd = None if self._command.cwd is None else os.fsdecode(self._command.cwd)
+        error = start_error(number, name, self._command.program, cwd)
+        self._fail(error, f"{name}: {errno_name(number)}")
+
+    def _fail(self, error: Exception, detail: str) -> None:
+        self._said_empty = True
+        self._when_reaped(lambda: self._owner.could_not_start(error, detail))
+
+    def _take_exited(self, message: Message) -> None:
+        status, _leftovers, *usage = message.values
+        self.exit_usage = _usage(*usage)
+        self._main_exited = True
+        leftovers, self._members = tuple(self._members), []
+        self._owner.happened(Event.MAIN_EXITED, status=status, leftovers=leftovers)
+
+    def _take_members(self, message: Message) -> None:
+        room = MEMBERS_REPORTED - len(self._members)
+        self._members += [_member(raw) for raw in message.members[:room]]
+        if message.serial == 0 or message.flags & protocol.MEMBERS_MORE:
+            return
+        members, self._members = tuple(self._members), []
+        if message.serial == self._survey_serial:
+            self._owner.happened(Event.SURVEYED, survivors=members)
+
+    def _take_signalled(self, message: Message) -> None:
+        count, denied = message.values
+        self._owner.sent(message.serial, count, denied)
+
+    def _take_denied(self, message: Message) -> None:
+        pid, number = message.values
+        events.warning(
+            "signal.denied", tree_id=self._tree_id, pid=pid, errno=errno_name(number)
+        )
+
+    def _take_asked(self, message: Message) -> None:
+        signo, pid, uid = message.values
+        detail = f"the warden got signal {signo} from pid {pid} (uid {uid})"
+        self._owner.happened(Event.KILL, reason=Reason.KILLED, detail=detail, policy=None)
+
+    def _take_empty(self, message: Message) -> None:
+        _reaped, *usage = message.values
+        self.usage = _usage(*usage)
+        self._said_empty = True
+        self._when_reaped(lambda: self._owner.happened(Event.EMPTY))
+
+    def _take_fault(self, message: Message) -> None:
+        number, step = message.values
+        name = protocol.STEPS.get(step, f"step {step}")
+        text = f"the warden failed at step {name!r}: {errno_name(number)}"
+        if self._started:
+            events.error("warden.fault", tree_id=self._tree_id, step=name, errno=errno_name(number))
+        else:
+            self._fail(ContainmentUnavailable(text), text)
+
+    _TAKE: dict[Type, Callable[[WardenContained, Message], None]] = {
+        Type.STARTED: _take_started,
+        Type.EXEC_FAILED: _take_exec_failed,
+        Type.EXITED: _take_exited,
+        Type.MEMBERS: _take_members,
+        Type.SIGNALLED: _take_signalled,
+        Type.DENIED: _take_denied,
+        Type.ASKED: _take_asked,
+        Type.EMPTY: _take_empty,
+        Type.FAULT: _take_fault,
+    }
+
+    def _lose(self, detail: str) -> None:
+        self._lost = True
+        self._drop_control()
+        if self._started:
+            self._owner.happened(Event.LOST, detail=detail)
+            return
+        # Nothing of the tree has been heard of, but it may be there: end the warden, and with it by
+        # PDEATHSIG whatever it had started.
+        self._kill_warden()
+        error = ContainmentUnavailable(detail)
+        self._when_reaped(lambda: self._owner.could_not_start(error, detail))
+
+    # -- the warden's own end
+
+    def _drop_control(self) -> None:
+        if self._control is not None:
+            self._loop.unregister(self._control.fileno())
+            fds.close(self._control.detach())
+            self._control = None
+
+    def _when_reaped(self, then: Callable[[], None]) -> None:
+        """`then` comes after the warden itself has been reaped, so that a tree which is reported as
+        gone has left nothing at all behind."""
+        self._drop_control()
+        if self._reap():
+            then()
+            return
+
+        def ended(_mask: int) -> None:
+            if self._reap():
+                then()
+
+        self._loop.register(self._pidfd, READ, ended)
+
+    def _reap(self) -> bool:
+        if not self._reaped:
+            try:
+                result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                pass  # SIGCHLD is ignored here, or another waitpid(-1) took it: it is gone.
+            else:
+                if result is None:
+                    return False
+            self._reaped = True
+            self._loop.unregister(self._pidfd)
+            fds.close(self._pidfd)
+            self._pidfd = -1
+        return True
+
+    def _kill_warden(self) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    # -- what we say
+
+    def _say(self, data: bytes) -> None:
+        if self._control is None:
+            return
+        try:
+            self._control.send(data)
+        except OSError as error:
+            # Full for a warden that does not read, or closed by one that is gone: the timers of the
+            # lifecycle, or the end of file, take it from here.
+            events.warning(
+                "warden.unreachable", tree_id=self._tree_id, errno=errno_name(error.errno or 0)
+            )
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def send(self, stage: Stage, *, resume: bool) -> int:
+        serial = self._next_serial()
+        self._say(protocol.encode_signal(serial, stage, resume=resume))
+        return serial
+
+    def survey(self) -> None:
+        self._survey_serial = self._next_serial()
+        self._members = []
+        self._say(protocol.encode_plain(Type.LIST, self._survey_serial))
+
+    def set_frozen(self, frozen: bool) -> None:
+        kind = Type.FREEZE if frozen else Type.THAW
+        self._say(protocol.encode_plain(kind, self._next_serial()))
+
+    def release(self) -> None:
+        self._say(protocol.encode_plain(Type.RELEASE, self._next_serial()))
+        self._said_empty = True
+
+    def sweep(self) -> None:
+        from proctree.process.sweep import Search, sweep
+        from proctree.worker import Worker
+
+        self._lost = True
+        self._drop_control()
+        search = Search(
+            root=self._warden,
+            root_pidfd=self._pidfd,
+            main=None if self._main_exited else self.pid,
+            main_start=self._main_start,
+            tree_id=self._tree_id,
+        )
+
+        def work() -> None:
+            survivors = sweep(search)
+            self._kill_warden()
+            self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=survivors))
+
+        Worker().post(work)
+
+    def root(self) -> int | None:
+        return self._warden if not self._reaped else None
+
+    def close(self) -> None:
+        self._drop_control()
+        if self._pidfd < 0:
+            return
+        # The warden may still be busy: with survivors, or with exiting. It is reaped when it ends.
+        if not self._reap():
+            self._loop.unregister(self._pidfd)
+            self._loop.register(self._pidfd, READ, lambda _mask: self._reap() and None)
+
+
+def _become_warden(
+    path: str,
+    arguments: list[bytes],
+    command: Command,
+    stdio: Stdio,
+    control: int,
+    calls: object,
+) -> NoReturn:
+    """In the forked child: forks the callable, then execs the warden over this process.
+
+    The subreaper flag is set before the callable exists, so that nothing it starts can get away,
+    and survives exec, as children do.
+    """
+    from proctree.process import child
+
+    try:
+        os.setsid()
+        calls.set_child_subreaper(True)  # type: ignore[attr-defined]
+        reader, writer = os.pipe()
+        warden = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            child.run_forked(command, stdio, calls, warden, writer, (control, reader))
+        os.close(writer)
+        report = os.read(reader, child.REPORT.size)
+        if report:
+            _report_failure(control, report)
+            os.waitpid(pid, 0)
+            os._exit(1)
+        os.set_inheritable(control, True)
+        os.execve(path, [*arguments, b"adopt=%d" % pid], command.env)
+    except OSError as error:
+        step = child.step_number("fork")
+        _report_failure(control, child.REPORT.pack(error.errno or 0, step))
+    finally:
+        # The callable dies with us, by PDEATHSIG.
+        os._exit(1)
+
+
+def _report_failure(control: int, report: bytes) -> None:
+    """Says what the warden would have said."""
+    from proctree.process import child
+
+    number, step = child.REPORT.unpack(report)
+    message = protocol.FAILURE.pack(protocol.VERSION, Type.EXEC_FAILED, 0, 0, number, step)
+    with contextlib.suppress(OSError):
+        os.write(control, message)

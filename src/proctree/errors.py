@@ -1,0 +1,55 @@
+"""What can go wrong before a tree runs, and what `check=True` raises when it did not end well."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proctree.outcome import Outcome
+
+
+class ProctreeError(Exception):
+    """The root of proctree's own exceptions.
+
+    A command that cannot be started raises what `subprocess` raises for it (`FileNotFoundError`,
+    `PermissionError`, `NotADirectoryError`, another `OSError`), and a bad argument raises
+    `ValueError` or `TypeError`: those are not `ProctreeError`.
+    """
+
+
+class ContainmentUnavailable(ProctreeError):
+    """The containment that was asked for cannot be had here; the message says why."""
+
+
+class TreeFailed(ProctreeError):
+    """With `check=True`: the tree did not end by its main process exiting with status 0.
+
+    Attributes:
+        outcome: the whole `Outcome`.
+    """
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        return self.outcome.describe()
+
+
+def errno_name(number: int) -> str:
+    return errno.errorcode.get(number, f"errno {number}")
+
+
+def start_error(number: int, step: str, argv0: str, cwd: str | None) -> OSError:
+    """The exception for a command that could not be started, as `subprocess` would raise it.
+
+    The file that it names is the working directory when that was the trouble, else the program;
+    a note says at which step, so that `EACCES` from `chdir` is not taken for one from `exec`.
+    """
+    culprit = cwd if step == "chdir" and cwd is not None else argv0
+    exception = OSError(number, os.strerror(number), culprit)
+    argument = "cwd" if step == "chdir" else "argv[0]"
+    exception.add_note(f"proctree: {argument}: {errno_name(number)} at step {step!r}")
+    return exception

@@ -1,0 +1,50 @@
+"""Something that becomes true once, and the threads that wait for it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+
+
+class Latch:
+    """Like `threading.Event` that is never cleared, with one difference: it holds no lock of its
+    own, so that a signal handler may wait on it, or set it, while the thread that it interrupted is
+    in the middle of doing the same."""
+
+    __slots__ = ("_gates", "_set")
+
+    def __init__(self) -> None:
+        self._set = False
+        self._gates: deque[threading.Lock] = deque()
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        while True:
+            try:
+                gate = self._gates.popleft()
+            except IndexError:
+                return
+            gate.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits at most `timeout` seconds (None: for ever); returns whether it is set."""
+        if self._set:
+            return True
+        gate = threading.Lock()
+        gate.acquire()
+        self._gates.append(gate)
+        # Looked at again: `set` may have emptied the queue just before the gate was put into it.
+        if self._set:
+            return True
+        limit = -1.0 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
+        if gate.acquire(timeout=limit):
+            return True
+        # ValueError: `set` came and took it; IndexError: another waiter changed the queue while it
+        # was searched, and then the gate stays there, one lock, until `set`.
+        with contextlib.suppress(ValueError, IndexError):
+            self._gates.remove(gate)
+        return self._set

@@ -1,0 +1,181 @@
+"""The one owner of the selector.
+
+One daemon thread, one epoll, any number of trees. Everything that concerns trees happens on that
+thread; everybody else only posts. There is no second driver, and that is on purpose: a loop that is
+driven by whoever waits can be torn in the middle of one tree's transition by another caller's
+KeyboardInterrupt, which Python raises between any two bytecodes of the main thread.
+
+Nothing here polls: epoll_wait(2) sleeps until a descriptor or a timer is due.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from proctree import events, worker
+from proctree.process import fds
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+
+BUFFER_SIZE = 256 * 1024
+"""Bytes read at once. One buffer serves all trees, since only the loop reads."""
+
+Handler = Callable[[int], None]
+
+
+class Timer:
+    """Something to call at a time. Cancelling it is final."""
+
+    __slots__ = ("callback", "due")
+
+    def __init__(self, due: float, callback: Callable[[], None]) -> None:
+        self.due = due
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Loop:
+    """See the module. `post` may be called from anywhere, even from a signal handler, and
+    `register` from any thread; everything else only on the loop's thread."""
+
+    def __init__(self) -> None:
+        with fds.making():
+            self._epoll = select.epoll()
+            fds.own(self._epoll.fileno())
+            self._wake = fds.own(fds.above_stdio(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)))
+        self._epoll.register(self._wake, READ)
+        self._handlers: dict[int, Handler] = {}
+        # A deque and not a queue.Queue: its append takes no lock, so that a signal handler may post
+        # while the thread that it interrupted is posting.
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self.buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._thread = threading.Thread(target=self._run, name="proctree-loop", daemon=True)
+        self._thread.start()
+
+    # -- from any thread
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Runs `job` on the loop soon. Never blocks, takes no lock."""
+        self._inbox.append(job)
+        try:
+            os.eventfd_write(self._wake, 1)
+        except BlockingIOError:
+            pass  # The counter is full, so the loop is about to wake up anyway.
+
+    def is_current_thread(self) -> bool:
+        return threading.get_ident() == self._thread.ident
+
+    def register(self, fd: int, mask: int, handler: Handler) -> None:
+        """The handler runs on the loop, possibly before this returns. Registering is safe from any
+        thread (epoll_ctl(2) is, and so is one assignment); unregistering is not."""
+        self._handlers[fd] = handler
+        self._epoll.register(fd, mask)
+
+    # -- on the loop's thread
+
+    def unregister(self, fd: int) -> None:
+        """Before `fd` is closed: afterwards its number may be another tree's."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
+        timer = Timer(time.monotonic() + delay, callback)
+        heapq.heappush(self._timers, (timer.due, next(self._order), timer))
+        return timer
+
+    # -- the loop itself
+
+    def _timeout(self) -> float | None:
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        # epoll_wait counts milliseconds and rounds down: half of one more and no turn is idle.
+        return max(0.0, self._timers[0][0] - time.monotonic() + 0.0005)
+
+    def _run(self) -> None:
+        poll = self._epoll.poll
+        handlers = self._handlers
+        while True:
+            for fd, mask in poll(self._timeout()):
+                if fd == self._wake:
+                    self._drain_wake()
+                    continue
+                handler = handlers.get(fd)
+                # None: an earlier event of this very batch closed it.
+                if handler is not None:
+                    self._guard(handler, mask)
+            self._run_inbox()
+            self._run_timers()
+
+    def _drain_wake(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
+
+    def _run_inbox(self) -> None:
+        while True:
+            try:
+                job = self._inbox.popleft()
+            except IndexError:
+                return
+            self._guard(job)
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                self._guard(callback)
+
+    def _guard(self, function: Callable[..., None], *args: Any) -> None:
+        # A defect in the handling of one tree must not stop the others: it is reported, and that
+        # tree's own timers still lead it to its end.
+        try:
+            function(*args)
+        except Exception as exception:
+            events.error("loop.defect", error=repr(exception), exc_info=True)
+
+
+_loop: Loop | None = None
+_starting = threading.Lock()
+
+
+def get() -> Loop:
+    """The process's loop; its thread is started by the first call."""
+    global _loop
+    if _loop is None:
+        with _starting:
+            if _loop is None:
+                _loop = Loop()
+    return _loop
+
+
+def exists() -> bool:
+    """Whether anything was ever started here."""
+    return _loop is not None
+
+
+def _forget() -> None:
+    """A forked child has no thread of ours and none of our descriptors."""
+    global _loop, _starting
+    _loop = None
+    _starting = threading.Lock()
+    worker.reset()
+
+
+fds.in_forked_child(_forget)

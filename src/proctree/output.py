@@ -1,0 +1,332 @@
+"""Where a stream of a tree goes, and how bytes become lines. No I/O here.
+
+What the user writes (`Capture`, `Lines`, `Chunks`, `Log`) is a plain value; `make_sink` turns it
+into the thing that eats bytes. Whatever the sink, memory is bounded: a capture has a limit, a line
+has a greatest length, and a callback that is slow stops the reading, which fills the pipe and slows
+the writer. Nothing is lost on the way and nothing piles up.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from proctree import events
+from proctree.outcome import Cut
+from proctree.worker import Worker
+
+DEFAULT_CAPTURE = 64 * 1024 * 1024
+DEFAULT_LINE = 1024 * 1024
+PENDING_MAX = 512 * 1024
+"""Bytes that may wait for a callback before reading stops."""
+
+
+class Stdio(enum.Enum):
+    """The simple places for a standard stream.
+
+    `INHERIT`: the supervisor's own. `DEVNULL`: nothing. `CAPTURE`: into the outcome, with the
+    default limit (`Capture()`). `STDOUT`: for stderr, wherever stdout goes.
+    """
+
+    INHERIT = "inherit"
+    DEVNULL = "devnull"
+    CAPTURE = "capture"
+    STDOUT = "stdout"
+
+
+def _positive(_instance: object, attribute: Any, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{attribute.name}: a number of bytes, not {value!r}")
+    if value <= 0:
+        raise ValueError(f"{attribute.name}: must be above 0, not {value}")
+
+
+def _callable(_instance: object, attribute: Any, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{attribute.name}: must be callable, not {value!r}")
+
+
+@attrs.frozen
+class Capture:
+    """Keep the stream in the outcome.
+
+    Args:
+        limit: bytes to keep, default 64 MiB. Of a longer stream the first and the last half of
+            that are kept, and `Outcome.stdout_cut` says what is missing between them.
+    """
+
+    limit: int = attrs.field(default=DEFAULT_CAPTURE, validator=_positive)
+
+
+@attrs.frozen
+class Chunks:
+    """Call `callback(data: bytes)` with the stream in pieces, as they come."""
+
+    callback: Callable[[bytes], object] = attrs.field(validator=_callable)
+
+
+@attrs.frozen
+class Lines:
+    """Call `callback(line: str)` with each line, without its newline.
+
+    Args:
+        callback: called on a thread of the tree's own, never on two at once.
+        encoding: default UTF-8. What is not valid becomes U+FFFD; it never raises.
+        max_length: bytes; a longer line comes in pieces of this size. Default 1 MiB.
+    """
+
+    callback: Callable[[str], object] = attrs.field(validator=_callable)
+    encoding: str = "utf-8"
+    max_length: int = attrs.field(default=DEFAULT_LINE, validator=_positive)
+
+    def __attrs_post_init__(self) -> None:
+        # LookupError for an unknown one, now and not in the middle.
+        if "\n".encode(self.encoding) != b"\n":
+            raise ValueError(f"encoding: {self.encoding!r} does not write a newline as one byte")
+
+
+@attrs.frozen
+class Log:
+    """Log one structlog event a line, with `line`, `stream`, `pid` and `tree_id`.
+
+    Args:
+        logger: a structlog logger; default `structlog.get_logger("proctree")`.
+        level: the name of its method. Default `"info"`.
+        event: the event's name. Default `"process.output"`.
+        max_length: as for `Lines`.
+    """
+
+    logger: Any = None
+    level: str = "info"
+    event: str = "process.output"
+    max_length: int = attrs.field(default=DEFAULT_LINE, validator=_positive)
+
+
+class LineCutter:
+    """Cuts a stream into lines, many at a time.
+
+    `feed` joins what is complete with the newlines still inside and splits it once: the work a line
+    is done in C. A multi-byte character can not be torn, since no byte of one is a newline; only a
+    line that is cut for its length may show U+FFFD at the cut.
+    """
+
+    __slots__ = ("_encoding", "_max", "_rest")
+
+    def __init__(self, max_length: int = DEFAULT_LINE, encoding: str = "utf-8") -> None:
+        self._max = max_length
+        self._encoding = encoding
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that are complete with `data`."""
+        cut = data.rfind(b"\n")
+        if cut < 0:
+            self._rest += data
+            return self._pieces()
+        block = self._rest + data[:cut] if self._rest else data[:cut]
+        self._rest = data[cut + 1 :]
+        if len(block) <= self._max:
+            return block.decode(self._encoding, "replace").split("\n")
+        lines = [piece for line in block.split(b"\n") for piece in self._cut(line)]
+        return lines + self._pieces() if len(self._rest) >= self._max else lines
+
+    def finish(self) -> list[str]:
+        """What was left without a newline at the end."""
+        rest, self._rest = self._rest, b""
+        return self._cut(rest) if rest else []
+
+    def _cut(self, line: bytes) -> list[str]:
+        size = self._max
+        starts = range(0, max(len(line), 1), size)
+        return [line[at : at + size].decode(self._encoding, "replace") for at in starts]
+
+    def _pieces(self) -> list[str]:
+        whole = len(self._rest) // self._max * self._max
+        if whole == 0:
+            return []
+        pieces, self._rest = self._cut(self._rest[:whole]), self._rest[whole:]
+        return pieces
+
+
+class CaptureSink:
+    """Keeps the head and the tail of a stream."""
+
+    __slots__ = ("_head", "_head_limit", "_length", "_limit", "_tail", "_tail_size")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._head_limit = limit
+        self._head = io.BytesIO()
+        self._tail: deque[bytes] = deque()
+        self._tail_size = 0
+        self._length = 0
+
+    def feed(self, data: memoryview) -> bool:
+        """Never wants reading to stop."""
+        self._length += len(data)
+        room = self._head_limit - self._head.tell()
+        if room > 0:
+            self._head.write(data[:room])
+            data = data[room:]
+        if len(data) > 0:
+            self._keep_tail(bytes(data))
+        return True
+
+    def _keep_tail(self, data: bytes) -> None:
+        if not self._tail:
+            # It is longer than the limit: from here on the first half stays and the rest of the
+            # head is the beginning of the tail.
+            half = self._limit // 2
+            self._head_limit = half
+            self._head.seek(half)
+            data = self._head.read() + data
+            self._head.truncate(half)
+        self._tail.append(data)
+        self._tail_size += len(data)
+        room = self._limit - self._head_limit
+        while self._tail_size - len(self._tail[0]) >= room:
+            self._tail_size -= len(self._tail.popleft())
+
+    def result(self) -> tuple[bytes, Cut | None]:
+        """What was kept, and what is missing in it."""
+        if not self._tail:
+            return self._head.getvalue(), None
+        room = self._limit - self._head_limit
+        tail = b"".join(self._tail)[-room:]
+        head = self._head.getvalue()
+        missing = self._length - len(head) - len(tail)
+        cut = Cut(len(head), missing) if missing else None
+        return head + tail, cut
+
+
+class CallbackSink:
+    """Hands a stream to the user's code on the tree's worker.
+
+    Args:
+        deliver: gets the bytes; on the worker.
+        finish: called after the last of them; on the worker.
+        resume: called from the worker when reading may go on.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        deliver: Callable[[bytes], None],
+        finish: Callable[[], None],
+        resume: Callable[[], None],
+    ) -> None:
+        self._worker = worker
+        self._deliver = deliver
+        self._finish = finish
+        self._resume = resume
+        # Two counters with one writer each: `-=` on a shared one would lose updates.
+        self._fed = 0
+        self._done = 0
+        self._paused = False
+        self._dropped = False
+
+    def feed(self, data: bytes) -> bool:
+        """Returns False when reading has to stop until `resume`."""
+        self._fed += len(data)
+        self._worker.post(lambda: self._run(data))
+        # Said before the worker's progress is read: if it finishes in between, either we see that
+        # here or it sees this there. Both at once is a resume too many, which does no harm.
+        self._paused = True
+        if self._fed - self._done < PENDING_MAX:
+            self._paused = False
+        return not self._paused
+
+    def _run(self, data: bytes) -> None:
+        if not self._dropped:
+            self._deliver(data)
+        self._done += len(data)
+        if self._paused and self._fed - self._done < PENDING_MAX // 2:
+            self._resume()
+
+    def end(self, done: Callable[[], None]) -> None:
+        """No more bytes; calls `done` on the worker after the last callback."""
+
+        def last() -> None:
+            if not self._dropped:
+                self._finish()
+            done()
+
+        self._worker.post(last)
+
+    def drop(self) -> None:
+        """The tree is given up: what still waits is not delivered any more."""
+        self._dropped = True
+
+
+class CallbackErrors:
+    """Counts what a tree's callbacks raise, and reports the first of each stream in full."""
+
+    def __init__(self, tree_id: str) -> None:
+        self.count = 0
+        self._tree_id = tree_id
+        self._reported: set[str] = set()
+
+    def caught(self, stream: str, exception: Exception) -> None:
+        self.count += 1
+        # A callback that fails for every line of a flood must not become a flood in the log.
+        if stream not in self._reported:
+            self._reported.add(stream)
+            events.error(
+                "callback.failed",
+                tree_id=self._tree_id,
+                stream=stream,
+                error=repr(exception),
+                exc_info=True,
+            )
+
+
+def chunk_delivery(
+    callback: Callable[[bytes], object], stream: str, errors: CallbackErrors
+) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    """(deliver, finish) for `Chunks`."""
+
+    def deliver(data: bytes) -> None:
+        try:
+            callback(data)
+        except Exception as exception:
+            errors.caught(stream, exception)
+
+    return deliver, lambda: None
+
+
+def line_delivery(
+    callback: Callable[[str], object], cutter: LineCutter, stream: str, errors: CallbackErrors
+) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    """(deliver, finish) for `Lines` and `Log`. A line whose callback raised is not repeated."""
+
+    def call(lines: list[str]) -> None:
+        pending = iter(lines)
+        while True:
+            try:
+                for line in pending:
+                    callback(line)
+                return
+            except Exception as exception:
+                errors.caught(stream, exception)
+
+    return lambda data: call(cutter.feed(data)), lambda: call(cutter.finish())
+
+
+def log_callback(log: Log, stream: str, tree_id: str, pid: Callable[[], int | None]) -> Any:
+    """The line callback for `Log`."""
+    logger = log.logger
+    if logger is None:
+        import structlog
+
+        logger = structlog.get_logger("proctree")
+    emit = getattr(logger, log.level)
+
+    def callback(line: str) -> None:
+        emit(log.event, line=line, stream=stream, pid=pid(), tree_id=tree_id)
+
+    return callback

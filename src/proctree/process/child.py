@@ -1,0 +1,177 @@
+"""What runs between fork and the command, or the callable, in a child forked by Python.
+
+The code here runs in a copy of a program that may have had many threads: it takes no locks that
+another thread might have held, logs nothing, and imports nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from proctree.command import Command
+from proctree.process.prctl import Prctl
+from proctree.protocol import STEPS
+
+Stdio = tuple[int | None, int | None, int | None]
+"""Descriptors for 0, 1 and 2; None keeps what is there."""
+
+
+class StepFailed(Exception):
+    """A step before the command or callable could run. `step` is a name from `protocol.STEPS`."""
+
+    def __init__(self, step: str, error: int) -> None:
+        super().__init__(step, error)
+        self.step = step
+        self.error = error
+
+
+@contextlib.contextmanager
+def _step(name: str):  # type: ignore[no-untyped-def]
+    try:
+        yield
+    except OSError as error:
+        raise StepFailed(name, error.errno or 0) from None
+
+
+def lead_session(prctl: Prctl, parent: int) -> None:
+    """Own session and group, and SIGKILL when the parent ends."""
+    with _step("setsid"):
+        os.setsid()
+    with _step("pdeathsig"):
+        prctl.set_pdeathsig(signal.SIGKILL)
+    # The parent may have died before the line above: then that signal never comes (prctl(2)).
+    if os.getppid() != parent:
+        os._exit(127)
+
+
+def reset_signals() -> None:
+    """As execve(2) leaves them: what was caught is default again, what was ignored stays ignored,
+    but for the two that every Python ignores, and SIGCHLD, whose being ignored would make the
+    program's own waits fail. Everything is unblocked: the supervisor's mask is its own business."""
+    for signo in signal.valid_signals():
+        if callable(signal.getsignal(signo)):
+            signal.signal(signo, signal.SIG_DFL)
+    for signo in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD):
+        signal.signal(signo, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def place_stdio(stdio: Stdio) -> None:
+    with _step("stdio"):
+        for target, fd in enumerate(stdio):
+            if fd == target:
+                os.set_inheritable(fd, True)
+            elif fd is not None:
+                os.dup2(fd, target)
+
+
+def enter(command: Command) -> None:
+    if command.cwd is not None:
+        with _step("chdir"):
+            os.chdir(command.cwd)
+
+
+def close_others(keep: tuple[int, ...]) -> None:
+    """Closes everything above 2 that is not in `keep`."""
+    low = 3
+    for fd in sorted(keep):
+        os.closerange(low, fd)
+        low = max(low, fd + 1)
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def execute(command: Command) -> NoReturn:
+    """execvpe, with the search path of the environment that the command gets."""
+    for fd in command.pass_fds:
+        os.set_inheritable(fd, True)
+    with _step("exec"):
+        os.execvpe(command.argv[0], command.argv, command.env)
+
+
+def _new_standard_streams() -> None:
+    """The old objects may hold text that the supervisor has not written yet, or may not write to
+    our descriptors at all (a test runner's capture). They stay referenced: deleting one flushes."""
+    _old_streams.extend((sys.stdin, sys.stdout, sys.stderr))
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+
+
+_old_streams: list[object] = []
+
+
+def call(command: Command, function: Callable[[], object]) -> NoReturn:
+    """Runs a callable as the whole program of this process: its exit status is 0 when it returns,
+    1 with a traceback when it raises, and as sys.exit(3) has it for `SystemExit`."""
+    status = 1
+    try:
+        os.environ.clear()
+        for name, value in command.env.items():
+            os.environb[name] = value
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _new_standard_streams()
+        try:
+            function()
+            status = 0
+        except SystemExit as exit_:
+            status = _exit_status(exit_.code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+    finally:
+        os._exit(status)
+
+
+def _exit_status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+REPORT = struct.Struct("=ii")
+"""What a child that could not begin writes before it exits: errno, and the number of the step."""
+
+
+def step_number(name: str) -> int:
+    return next(number for number, step in STEPS.items() if step == name)
+
+
+def run_forked(
+    command: Command, stdio: Stdio, prctl: Prctl, parent: int, report: int, unwanted: tuple[int, ...]
+) -> NoReturn:
+    """The forked child that is to be the main process, for a command or a callable.
+
+    `report` is closed when it has become what it is to be (for a command: by exec), after a failure
+    it is written to first.
+    """
+    try:
+        try:
+            for fd in unwanted:
+                os.close(fd)
+            lead_session(prctl, parent)
+            place_stdio(stdio)
+            enter(command)
+            reset_signals()
+            if command.function is None:
+                close_others((report, *command.pass_fds))
+                execute(command)
+            os.close(report)
+        except StepFailed as failed:
+            os.write(report, REPORT.pack(failed.error, step_number(failed.step)))
+            os._exit(127)
+        call(command, command.function)
+    finally:
+        os._exit(127)

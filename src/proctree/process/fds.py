@@ -1,0 +1,78 @@
+"""The descriptors that belong to supervision, and what a fork may do with them.
+
+Two things go wrong when a host program forks while trees run. The child inherits copies of our
+ends of the trees' pipes, so that a tree's standard input never ends and a closed reader is never
+noticed; and it inherits the epoll descriptor, whose registrations it shares with the parent. So
+every descriptor that we keep is known here, and a forked child closes them all: by close(2) alone,
+since an EPOLL_CTL_DEL in the child would take the registration away from the parent (epoll(7), Q6).
+
+The lock closes the gap between a descriptor's making and its registration: no fork of this
+interpreter, ours or the host's, falls into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Callable
+
+_owned: set[int] = set()
+_lock = threading.RLock()
+_after_fork: list[Callable[[], None]] = []
+
+
+def making() -> threading.RLock:  # type: ignore[valid-type]
+    """The lock to hold while descriptors are made, handed to children, and owned."""
+    return _lock
+
+
+def own(fd: int) -> int:
+    """Says that `fd` stays with this process and must not live on in a forked child."""
+    _owned.add(fd)
+    return fd
+
+
+def close(fd: int) -> None:
+    """Closes an owned or a plain descriptor."""
+    # Forgotten before it is closed: afterwards the number may be somebody else's.
+    _owned.discard(fd)
+    os.close(fd)
+
+
+def above_stdio(fd: int) -> int:
+    """The same file at a number above 2; `fd` itself is closed if it had to move.
+
+    A host program that runs with its standard streams closed gets their numbers for new files,
+    and those would be written over when the child's standard streams are put in place.
+    """
+    if fd > 2:
+        return fd
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return moved
+
+
+def pipe() -> tuple[int, int]:
+    """A close-on-exec pipe (read end, write end), both above the standard streams."""
+    reader, writer = os.pipe()
+    return above_stdio(reader), above_stdio(writer)
+
+
+def in_forked_child(function: Callable[[], None]) -> None:
+    """Calls `function` in every child that this interpreter forks, after the descriptors."""
+    _after_fork.append(function)
+
+
+def _child() -> None:
+    for fd in _owned:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _owned.clear()
+    _lock.release()
+    for function in _after_fork:
+        function()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_child)

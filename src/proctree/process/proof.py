@@ -1,0 +1,118 @@
+"""Signalling exactly one process, or nobody.
+
+A pid names a process only for as long as it has not been reaped. So a pidfd is opened first; then
+it is proved that the process behind the number belongs to the tree; then the pidfd is signalled. If
+the number changed hands in between, the proof speaks of a stranger and the signal of a dead
+process: nobody gets it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import NamedTuple
+
+CLIMB_MAX = 256
+
+
+class Stat(NamedTuple):
+    """The fields of /proc/PID/stat (proc(5)) that say who a process is."""
+
+    pid: int
+    name: str
+    state: str
+    ppid: int
+    pgrp: int
+    session: int
+    threads: int
+    start_time: int
+
+    @property
+    def dead(self) -> bool:
+        """A zombie leader with living threads is not dead: its process still runs."""
+        return self.state in "Xx" or (self.state == "Z" and self.threads <= 1)
+
+
+def parse_stat(data: bytes) -> Stat | None:
+    """The command name may hold blanks, brackets and newlines: it ends at the last bracket."""
+    opened, closed = data.find(b"("), data.rfind(b")")
+    fields = data[closed + 2 :].split()
+    if opened < 0 or closed < opened or len(fields) < 20:
+        return None
+    try:
+        pid = int(data[:opened])
+        ppid, pgrp, session = (int(field) for field in fields[1:4])
+        threads, start_time = int(fields[17]), int(fields[19])
+    except ValueError:
+        return None
+    name = data[opened + 1 : closed].decode("utf-8", "replace")
+    return Stat(pid, name, fields[0].decode(), ppid, pgrp, session, threads, start_time)
+
+
+def read_stat(pid: int) -> Stat | None:
+    """None when there is no such process (any more)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return parse_stat(file.read())
+    except OSError:
+        return None
+
+
+def read_environ(pid: int) -> bytes:
+    """The environment that a process was started with; empty when it may not be read."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def in_environ(environ: bytes, variable: bytes, component: bytes) -> bool:
+    """Whether `variable` holds `component` among its parts between slashes."""
+    for entry in environ.split(b"\0"):
+        name, _, value = entry.partition(b"=")
+        if name == variable:
+            return component in value.split(b"/")
+    return False
+
+
+def open_pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def holds_number(pidfd: int) -> bool:
+    """Whether its process has not been reaped, so that the number is still its own."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def is_below(pid: int, root: int, depth: int = 0) -> bool:
+    """Whether `pid` descends from `root`, whose number the caller keeps from being reused.
+
+    "P is its parent" counts only when it names P while a pidfd of P says that P was not reaped.
+    """
+    stat = read_stat(pid)
+    if stat is None or depth > CLIMB_MAX:
+        return False
+    if stat.ppid == root:
+        return True
+    if stat.ppid <= 1:
+        return False
+    parent = open_pidfd(stat.ppid)
+    if parent is None:
+        return False
+    try:
+        if not is_below(stat.ppid, root, depth + 1):
+            return False
+        again = read_stat(pid)
+        return again is not None and again.ppid == stat.ppid and holds_number(parent)
+    finally:
+        os.close(parent)

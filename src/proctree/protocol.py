@@ -1,0 +1,190 @@
+"""The language between a supervisor and its warden: src/warden/protocol.h, in Python.
+
+Pure: bytes in, values out. `tests/test_protocol.py` compiles the header and holds the two against
+each other.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from proctree.policy import Scope, Stage
+
+VERSION = 1
+STAGES_MAX = 8
+MEMBERS_MAX = 64
+MAX_MESSAGE = 8192
+"""Bytes; more than any message is long, so that one that fills it is known to be garbage."""
+
+
+class Type(enum.IntEnum):
+    START = 1
+    SIGNAL = 2
+    LIST = 3
+    FREEZE = 4
+    THAW = 5
+    RELEASE = 6
+
+    STARTED = 64
+    EXEC_FAILED = 65
+    EXITED = 66
+    MEMBERS = 67
+    SIGNALLED = 68
+    DENIED = 69
+    ASKED = 70
+    EMPTY = 71
+    FAULT = 72
+
+
+SCOPES = {Scope.MAIN: 1, Scope.GROUP: 2, Scope.TREE: 3}
+
+STAGE_RESUME = 1
+MEMBERS_MORE = 1
+
+STEPS = {
+    1: "arguments",
+    2: "setsid",
+    3: "subreaper",
+    4: "signals",
+    5: "proc",
+    6: "pidfd",
+    7: "memory",
+    8: "fork",
+    9: "pdeathsig",
+    10: "chdir",
+    11: "descriptors",
+    12: "exec",
+    13: "adopt",
+    14: "protocol",
+    15: "stdio",
+    16: "parent",
+}
+
+HEADER = struct.Struct("=BBHI")
+STAGE = struct.Struct("=iHHI")
+START = struct.Struct("=BBHII" + STAGE.format[1:] * STAGES_MAX)
+SIGNAL = struct.Struct("=BBHI" + STAGE.format[1:])
+STARTED = struct.Struct("=BBHIiiQ")
+FAILURE = struct.Struct("=BBHIii")
+EXITED = struct.Struct("=BBHIiIQQQ")
+MEMBERS = struct.Struct("=BBHIII")
+MEMBER = struct.Struct("=iiiiQi1s3x16s")
+SIGNALLED = struct.Struct("=BBHIII")
+DENIED = struct.Struct("=BBHIii")
+ASKED = struct.Struct("=BBHIiiI")
+EMPTY = struct.Struct("=BBHIQQQQ")
+
+_MEMBERS_SIZE = MEMBERS.size + MEMBERS_MAX * MEMBER.size
+
+
+class ProtocolError(Exception):
+    """What came is not the protocol: the peer is not to be believed any more."""
+
+
+class Message(NamedTuple):
+    """One message from the warden: its type, flags, serial, and the values behind the header."""
+
+    type: Type
+    flags: int
+    serial: int
+    values: tuple[int, ...]
+    members: tuple[RawMember, ...] = ()
+
+
+class RawMember(NamedTuple):
+    pid: int
+    ppid: int
+    pgrp: int
+    session: int
+    start_time: int
+    error: int
+    state: str
+    name: str
+
+
+_FROM_WARDEN = {
+    Type.STARTED: STARTED,
+    Type.EXEC_FAILED: FAILURE,
+    Type.EXITED: EXITED,
+    Type.SIGNALLED: SIGNALLED,
+    Type.DENIED: DENIED,
+    Type.ASKED: ASKED,
+    Type.EMPTY: EMPTY,
+    Type.FAULT: FAILURE,
+}
+_BY_NUMBER = {int(type_): (type_, layout) for type_, layout in _FROM_WARDEN.items()}
+
+
+def _stage_values(stage: Stage) -> tuple[int, int, int, int]:
+    """SIGCONT goes after every signal that a stopped process would otherwise keep pending."""
+    resume = 0 if stage.signal.name in ("SIGKILL", "SIGSTOP", "SIGCONT") else STAGE_RESUME
+    grace_ms = min(round(stage.grace * 1000), 0xFFFFFFFF)
+    return stage.signal, SCOPES[stage.scope], resume, grace_ms
+
+
+_NO_STAGE = (0, 0, 0, 0)
+
+
+def encode_start(stages: Sequence[Stage]) -> bytes:
+    """START: the orphan plan. At most STAGES_MAX stages."""
+    values: list[int] = []
+    for stage in stages:
+        values += _stage_values(stage)
+    values += _NO_STAGE * (STAGES_MAX - len(stages))
+    return START.pack(VERSION, Type.START, 0, 0, len(stages), *values)
+
+
+def encode_signal(serial: int, stage: Stage, *, resume: bool) -> bytes:
+    """SIGNAL: one stage, carried out now. `resume` sends SIGCONT to stopped members."""
+    signo, scope, flags, grace_ms = _stage_values(stage)
+    if not resume:
+        flags = 0
+    return SIGNAL.pack(VERSION, Type.SIGNAL, 0, serial, signo, scope, flags, grace_ms)
+
+
+def encode_plain(type_: Type, serial: int) -> bytes:
+    """LIST, FREEZE, THAW, RELEASE: a header and nothing else."""
+    return HEADER.pack(VERSION, type_, 0, serial)
+
+
+def _decode_members(data: bytes) -> Message:
+    if len(data) != _MEMBERS_SIZE:
+        raise ProtocolError(f"MEMBERS of {len(data)} bytes")
+    _, _, flags, serial, count, total = MEMBERS.unpack_from(data)
+    if count > MEMBERS_MAX:
+        raise ProtocolError(f"MEMBERS with {count} members")
+    members = []
+    for index in range(count):
+        pid, ppid, pgrp, session, start, error, state, comm = MEMBER.unpack_from(
+            data, MEMBERS.size + index * MEMBER.size
+        )
+        name = comm.split(b"\0", 1)[0].decode("utf-8", "replace")
+        members.append(
+            RawMember(pid, ppid, pgrp, session, start, error, state.decode("latin-1"), name)
+        )
+    return Message(Type.MEMBERS, flags, serial, (count, total), tuple(members))
+
+
+def decode(data: bytes) -> Message:
+    """Reads one message from the warden.
+
+    Raises:
+        ProtocolError: another version, an unknown type, a wrong size, or impossible values.
+    """
+    if len(data) < HEADER.size:
+        raise ProtocolError(f"a message of {len(data)} bytes")
+    if data[0] != VERSION:
+        raise ProtocolError(f"protocol version {data[0]}, not {VERSION}")
+    if data[1] == Type.MEMBERS:
+        return _decode_members(data)
+    try:
+        type_, layout = _BY_NUMBER[data[1]]
+    except KeyError:
+        raise ProtocolError(f"unknown message type {data[1]}") from None
+    if len(data) != layout.size:
+        raise ProtocolError(f"{type_.name} of {len(data)} bytes, not {layout.size}")
+    _, _, flags, serial, *values = layout.unpack(data)
+    return Message(type_, flags, serial, tuple(values))

@@ -1,0 +1,245 @@
+"""The three standard streams of a tree: from what the user asked for to descriptors.
+
+`plan` checks the arguments and opens nothing. `Streams.open` makes the pipes and opens the files,
+with the descriptor lock held, and `attach` puts our ends on the loop.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from proctree.loop import Loop
+from proctree.outcome import Cut
+from proctree.output import (
+    CallbackSink,
+    Capture,
+    CaptureSink,
+    Chunks,
+    LineCutter,
+    Lines,
+    Log,
+    Stdio,
+    chunk_delivery,
+    line_delivery,
+    log_callback,
+)
+from proctree.process import fds
+from proctree.streams import InputStream, OutputStream, widen
+
+if TYPE_CHECKING:
+    from proctree.tree import Tree
+
+Captured = tuple[bytes | None, Cut | None]
+
+# subprocess's constants mean here what they mean there; the module itself is slow to import.
+_PIPE, _STDOUT, _DEVNULL = -1, -2, -3
+_ALIASES = {
+    _PIPE: Stdio.CAPTURE,
+    _STDOUT: Stdio.STDOUT,
+    _DEVNULL: Stdio.DEVNULL,
+    "inherit": Stdio.INHERIT,
+    "devnull": Stdio.DEVNULL,
+    "capture": Stdio.CAPTURE,
+    "stdout": Stdio.STDOUT,
+}
+
+
+def _common(value: Any, argument: str) -> Any:
+    """What input and output streams have in common: None, constants, descriptors, files, paths."""
+    if value is None:
+        return Stdio.INHERIT
+    if isinstance(value, (int, str)) and not isinstance(value, bool) and value in _ALIASES:
+        return _ALIASES[value]
+    if isinstance(value, bool):
+        raise TypeError(f"{argument}: not {value!r}")
+    if isinstance(value, int):
+        _check_open(value, argument)
+        return value
+    if isinstance(value, os.PathLike):
+        return value
+    if hasattr(value, "fileno"):
+        try:
+            number = value.fileno()
+        except (OSError, io.UnsupportedOperation) as error:
+            raise ValueError(f"{argument}: {value!r} has no descriptor: {error}") from None
+        _check_open(number, argument)
+        return number
+    return value
+
+
+def _check_open(fd: int, argument: str) -> None:
+    if fd < 0:
+        raise ValueError(f"{argument}: {fd} is not a descriptor")
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        raise ValueError(f"{argument}: descriptor {fd} is not open: {error.strerror}") from None
+
+
+def _output(value: Any, argument: str) -> Any:
+    value = _common(value, argument)
+    if value is Stdio.CAPTURE:
+        return Capture()
+    if value is Stdio.STDOUT and argument != "stderr":
+        raise ValueError(f"{argument}: STDOUT is for stderr")
+    if isinstance(value, (Stdio, int, os.PathLike, Capture, Chunks, Lines, Log)):
+        return value
+    if callable(value):
+        raise TypeError(f"{argument}: a callback is given as Lines({value!r}) or Chunks({value!r})")
+    raise TypeError(f"{argument}: cannot write to {value!r}")
+
+
+def _input(value: Any) -> Any:
+    value = _common(value, "stdin")
+    if value in (Stdio.CAPTURE, Stdio.STDOUT):
+        raise ValueError(f"stdin: {value} is for output; give bytes, a file, or DEVNULL")
+    if isinstance(value, (bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, (Stdio, int, os.PathLike, bytes)):
+        return value
+    raise TypeError(f"stdin: cannot read from {value!r}")
+
+
+class Streams:
+    """The streams of one tree.
+
+    Raises:
+        TypeError, ValueError: naming the argument. Nothing is open then.
+    """
+
+    def __init__(self, stdin: Any, stdout: Any, stderr: Any) -> None:
+        self._stdin = _input(stdin)
+        self._stdout = _output(stdout, "stdout")
+        self._stderr = _output(stderr, "stderr")
+        self._child_ends: list[int] = []
+        self._input_fd: int | None = None
+        self._output_fds: dict[str, int] = {}
+        self._input: InputStream | None = None
+        self._streams: dict[str, OutputStream] = {}
+        self._captures: dict[str, CaptureSink] = {}
+
+    @property
+    def outputs(self) -> int:
+        """How many output streams will report their end."""
+        piped = (Capture, Chunks, Lines, Log)
+        return isinstance(self._stdout, piped) + isinstance(self._stderr, piped)
+
+    # -- in the starting thread, with the descriptor lock held
+
+    def open(self) -> tuple[int | None, int | None, int | None]:
+        """Opens everything; returns what the child's 0, 1 and 2 are to be.
+
+        Raises:
+            OSError: a file cannot be opened; it names the file.
+        """
+        stdin = self._open_input()
+        stdout = self._open_output("stdout", self._stdout)
+        if self._stderr is Stdio.STDOUT:
+            return stdin, stdout, stdout if stdout is not None else 1
+        return stdin, stdout, self._open_output("stderr", self._stderr)
+
+    def _open_input(self) -> int | None:
+        value = self._stdin
+        if value is Stdio.INHERIT:
+            return None
+        if isinstance(value, bytes):
+            reader, writer = fds.pipe()
+            self._input_fd = fds.own(writer)
+            return self._child_end(reader)
+        if isinstance(value, int):
+            return self._movable(value, 0)
+        path = os.devnull if value is Stdio.DEVNULL else value
+        return self._open_file(path, os.O_RDONLY)
+
+    def _open_output(self, name: str, value: Any) -> int | None:
+        if value is Stdio.INHERIT:
+            return None
+        if isinstance(value, int):
+            return self._movable(value, 1 if name == "stdout" else 2)
+        if value is Stdio.DEVNULL:
+            return self._open_file(os.devnull, os.O_WRONLY)
+        if isinstance(value, os.PathLike):
+            return self._open_file(value, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        reader, writer = fds.pipe()
+        widen(reader)
+        self._output_fds[name] = fds.own(reader)
+        return self._child_end(writer)
+
+    def _open_file(self, path: Any, flags: int) -> int:
+        return self._child_end(fds.above_stdio(os.open(path, flags | os.O_CLOEXEC, 0o666)))
+
+    def _movable(self, fd: int, target: int) -> int:
+        """A standard stream of ours that becomes another one of the child's is copied first, so
+        that the order in which they are put in place does not matter."""
+        if fd > 2 or fd == target:
+            return fd
+        return self._child_end(fds.above_stdio(os.dup(fd)))
+
+    def _child_end(self, fd: int) -> int:
+        self._child_ends.append(fd)
+        return fd
+
+    def close_child_ends(self) -> None:
+        while self._child_ends:
+            os.close(self._child_ends.pop())
+
+    # -- on the loop
+
+    def attach(self, loop: Loop, tree: Tree) -> None:
+        """Wraps our ends; nothing is read before `start`."""
+        if self._input_fd is not None:
+            self._input = InputStream(loop, self._input_fd, self._stdin)
+        for name, fd in self._output_fds.items():
+            sink = self._sink(name, tree)
+            self._streams[name] = OutputStream(loop, fd, sink, tree.stream_ended)
+
+    def start(self) -> None:
+        if self._input is not None:
+            self._input.start()
+        for stream in self._streams.values():
+            stream.start()
+
+    def _sink(self, name: str, tree: Tree) -> CaptureSink | CallbackSink:
+        wanted = self._stdout if name == "stdout" else self._stderr
+        if isinstance(wanted, Capture):
+            self._captures[name] = CaptureSink(wanted.limit)
+            return self._captures[name]
+        deliver, finish = self._delivery(name, wanted, tree)
+        # The stream is made after its sink, so that the sink looks it up when it needs it.
+        return CallbackSink(tree.worker, deliver, finish, lambda: self._streams[name].resume())
+
+    def _delivery(
+        self, name: str, wanted: Any, tree: Tree
+    ) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+        errors = tree.callback_errors
+        if isinstance(wanted, Chunks):
+            return chunk_delivery(wanted.callback, name, errors)
+        if isinstance(wanted, Lines):
+            cutter = LineCutter(wanted.max_length, wanted.encoding)
+            return line_delivery(wanted.callback, cutter, name, errors)
+        callback = log_callback(wanted, name, tree.tree_id, lambda: tree.contained.pid)
+        return line_delivery(callback, LineCutter(wanted.max_length), name, errors)
+
+    def drain(self) -> None:
+        for stream in self._streams.values():
+            stream.drain()
+
+    def close_input(self) -> None:
+        if self._input is not None:
+            self._input.close()
+
+    def close(self) -> None:
+        self.close_input()
+        for stream in self._streams.values():
+            stream.close()
+
+    def captured(self) -> tuple[Captured, Captured]:
+        """(stdout, stderr), each its bytes or None, and what was cut out of them."""
+        return self._captured("stdout"), self._captured("stderr")
+
+    def _captured(self, name: str) -> Captured:
+        sink = self._captures.get(name)
+        return (None, None) if sink is None else sink.result()

@@ -1,0 +1,365 @@
+"""One tree: its lifecycle, bound to the loop, to what holds it, and to its streams.
+
+`lifecycle.py` decides; this module turns the world into events and actions into the world. All of
+it runs on the loop's thread, except what says otherwise, and what says otherwise only posts.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from proctree import events
+from proctree.command import Command
+from proctree.containment.base import Contained
+from proctree.errors import ProctreeError
+from proctree.latch import Latch
+from proctree.lifecycle import Action, Event, Lifecycle, State
+from proctree.loop import Loop, Timer
+from proctree.outcome import Outcome, Reason, StageSent, Usage
+from proctree.output import CallbackErrors
+from proctree.policy import KillPolicy, Leftovers, Stage
+from proctree.process import fds
+from proctree.stdio import Streams
+from proctree.worker import Worker
+
+_alive: set[Tree] = set()
+"""Trees that have not been closed, for the end of the interpreter."""
+
+
+class Tree:
+    """See the module."""
+
+    def __init__(
+        self,
+        tree_id: str,
+        command: Command,
+        contained: Contained,
+        streams: Streams,
+        policy: KillPolicy,
+        leftovers: Leftovers,
+        timeout: float | None,
+        drain_timeout: float,
+    ) -> None:
+        self.tree_id = tree_id
+        self.command = command
+        self.contained = contained
+        self.policy = policy
+        self.owner_pid = os.getpid()
+        self.worker = Worker()
+        self.callback_errors = CallbackErrors(tree_id)
+        self.started = Latch()
+        self.closed = Latch()
+        self.outcome: Outcome | None = None
+        self.start_error: Exception | None = None
+        self._streams = streams
+        self._timeout = timeout
+        self._loop: Loop
+        self.life = Lifecycle(policy, leftovers, streams.outputs, drain_timeout)
+        # Whoever takes the token decides what becomes of a NEW tree: a launch or a kill. Taking it
+        # is one atomic step, so they cannot both win.
+        self._token: deque[object] = deque([object()])
+        self._attached = False
+        self._early: deque[dict[str, Any]] = deque()
+        self._deferred: list[Stage] = []
+        self._queue: deque[tuple[Event, dict[str, Any]]] = deque()
+        self._handling = False
+        self._stage_timer: Timer | None = None
+        self._drain_timer: Timer | None = None
+        self._timeout_timer: Timer | None = None
+        self._began = 0.0
+        self._ended: float | None = None
+        self._sent: dict[int, StageSent] = {}
+        self._released = False
+
+    # -- from any thread
+
+    def take_token(self) -> bool:
+        try:
+            self._token.pop()
+        except IndexError:
+            return False
+        return True
+
+    @property
+    def launched(self) -> bool:
+        """Whether a launch, or a kill before it, has decided about it."""
+        return not self._token
+
+    def launch(self, loop: Loop) -> None:
+        """Makes the processes and hands the tree to the loop. The caller has taken the token.
+
+        Raises:
+            OSError: nothing was made.
+        """
+        self._loop = loop
+        self._began = time.monotonic()
+        try:
+            with fds.making():
+                stdio = self._streams.open()
+                self.contained.spawn(
+                    self.command, stdio, self.policy, self._streams.close_child_ends
+                )
+        except BaseException as error:
+            self._streams.close_child_ends()
+            loop.post(lambda: self._never_made(error))
+            raise
+        _alive.add(self)
+        # From here on the loop may act on the tree: everything else has to be in place. Waking the
+        # loop for it would cost as much as everything else here, so it is only done for what needs
+        # the loop's own thread.
+        self.life.handle(Event.SPAWNED)
+        self._streams.attach(loop, self)
+        self._attached = True
+        if self._early or self._timeout is not None or self.contained.needs_loop_thread:
+            loop.post(self._begin)
+        else:
+            self._streams.start()
+            self.contained.attach(loop, self)
+
+    def kill(self, loop: Loop, reason: Reason, detail: str, policy: KillPolicy | None) -> None:
+        payload = {"reason": reason, "detail": detail, "policy": policy}
+        loop.post(lambda: self._kill(loop, payload))
+
+    def signal(self, stage: Stage) -> None:
+        self._loop.post(lambda: self._signal(stage))
+
+    def set_frozen(self, frozen: bool) -> None:
+        self._loop.post(lambda: self._freeze(frozen))
+
+    # -- on the loop: beginning
+
+    def _never_made(self, error: BaseException) -> None:
+        self._streams.attach(self._loop, self)
+        self.happened(Event.START_FAILED, detail=str(error))
+
+    def _begin(self) -> None:
+        self._streams.start()
+        if self._timeout is not None:
+            self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
+        self.contained.attach(self._loop, self)
+        self._kill_early()
+
+    def _kill(self, loop: Loop, payload: dict[str, Any]) -> None:
+        if not self._attached and self.take_token():
+            self._loop = loop
+            self.happened(Event.KILL, **payload)
+            return
+        # Another thread may be in the middle of launching: its processes come first. It looks at
+        # the list after it has attached, we look whether it has after we have filled the list, so
+        # one of us sees the other.
+        self._early.append(payload)
+        if self._attached:
+            self._kill_early()
+
+    def _kill_early(self) -> None:
+        while self._early:
+            self.happened(Event.KILL, **self._early.popleft())
+
+    def _timed_out(self) -> None:
+        detail = f"not done after {self._timeout:g} s"
+        self.happened(Event.KILL, reason=Reason.TIMEOUT, detail=detail, policy=None)
+
+    # -- on the loop: what happens
+
+    def could_not_start(self, error: Exception, detail: str) -> None:
+        self.start_error = error
+        self.happened(Event.START_FAILED, detail=detail)
+
+    def happened(self, event: Event, **payload: Any) -> None:
+        """Handles one event, and then what came of it, in order: never one inside another."""
+        self._queue.append((event, payload))
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._queue:
+                event, payload = self._queue.popleft()
+                self._note(event)
+                for action, argument in self.life.handle(event, **payload):
+                    self._PERFORM[action](self, argument)
+        finally:
+            self._handling = False
+        if not self.started.is_set() and self.life.state not in (State.NEW, State.STARTING):
+            self.started.set()
+
+    def _note(self, event: Event) -> None:
+        if event is Event.STARTED:
+            events.debug(
+                "tree.started",
+                tree_id=self.tree_id,
+                pid=self.contained.pid,
+                name=self.command.name,
+                containment=self.contained.name,
+            )
+            for stage in self._deferred:
+                self.contained.send(stage, resume=False)
+            self._deferred.clear()
+        elif event in (Event.EMPTY, Event.SURVEYED) and self._ended is None:
+            self._ended = time.monotonic()
+        elif event is Event.MAIN_EXITED:
+            self._streams.close_input()
+
+    def stream_ended(self) -> None:
+        self.happened(Event.STREAM_ENDED)
+
+    def sent(self, serial: int, count: int | None, denied: int) -> None:
+        known = self._sent.get(serial)
+        if known is not None:
+            self._sent[serial] = StageSent(known.signal, known.scope, known.at, count, denied)
+
+    def _signal(self, stage: Stage) -> None:
+        if self.life.state in (State.NEW, State.STARTING):
+            self._deferred.append(stage)
+        elif self.life.state in (State.RUNNING, State.STOPPING):
+            self.contained.send(stage, resume=False)
+
+    def _freeze(self, frozen: bool) -> None:
+        if self.life.state in (State.RUNNING, State.STOPPING):
+            self.contained.set_frozen(frozen)
+
+    # -- on the loop: what is to be done
+
+    def _perform_signal(self, stage: Stage) -> None:
+        at = time.monotonic() - self._began
+        serial = self.contained.send(stage, resume=True)
+        self._sent[serial] = StageSent(stage.signal, stage.scope, at)
+        events.debug(
+            "tree.signalled",
+            tree_id=self.tree_id,
+            signal=stage.signal.name,
+            scope=str(stage.scope),
+        )
+
+    def _arm_stage(self, seconds: float) -> None:
+        self._disarm_stage()
+        due = lambda: self.happened(Event.STAGE_DUE)  # noqa: E731
+        self._stage_timer = self._loop.call_later(seconds, due)
+
+    def _disarm_stage(self, _nothing: None = None) -> None:
+        if self._stage_timer is not None:
+            self._stage_timer.cancel()
+
+    def _survey(self, _nothing: None) -> None:
+        self.contained.survey()
+
+    def _sweep(self, _nothing: None) -> None:
+        events.warning("tree.swept", tree_id=self.tree_id, reason=self.life.detail)
+        self.contained.sweep()
+
+    def _release(self, _nothing: None) -> None:
+        self._released = True
+        self.contained.release()
+
+    def _drain(self, empty: bool) -> None:
+        if empty:
+            self._streams.drain()
+
+    def _arm_drain(self, seconds: float) -> None:
+        due = lambda: self.happened(Event.DRAIN_DUE)  # noqa: E731
+        self._drain_timer = self._loop.call_later(seconds, due)
+
+    def _close(self, _nothing: None) -> None:
+        for timer in (self._stage_timer, self._drain_timer, self._timeout_timer):
+            if timer is not None:
+                timer.cancel()
+        self._streams.close()
+        if self._attached:
+            self.contained.close()
+
+    def _publish(self, _nothing: None) -> None:
+        outcome = self._make_outcome()
+        self.outcome = outcome
+        _alive.discard(self)
+        if outcome.survivors:
+            for member in outcome.survivors:
+                events.warning(
+                    "tree.survivor",
+                    tree_id=self.tree_id,
+                    pid=member.pid,
+                    name=member.name,
+                    why=member.why,
+                )
+        events.debug(
+            "tree.ended",
+            tree_id=self.tree_id,
+            reason=str(outcome.reason),
+            returncode=outcome.returncode,
+            duration=outcome.duration,
+        )
+        self.started.set()
+        self.closed.set()
+
+    _PERFORM: dict[Action, Callable[[Tree, Any], None]] = {
+        Action.SIGNAL: _perform_signal,
+        Action.ARM_STAGE: _arm_stage,
+        Action.DISARM_STAGE: _disarm_stage,
+        Action.SURVEY: _survey,
+        Action.SWEEP: _sweep,
+        Action.RELEASE: _release,
+        Action.DRAIN: _drain,
+        Action.ARM_DRAIN: _arm_drain,
+        Action.CLOSE: _close,
+        Action.PUBLISH: _publish,
+    }
+
+    def _make_outcome(self) -> Outcome:
+        life = self.life
+        ended = self._ended if self._ended is not None else time.monotonic()
+        returncode = None if life.status is None else os.waitstatus_to_exitcode(life.status)
+        reason = life.reason
+        if reason is None:
+            signaled = returncode is not None and returncode < 0
+            reason = Reason.SIGNALED if signaled else Reason.EXITED
+        stdout, stderr = self._streams.captured()
+        usage = self.contained.usage
+        return Outcome(
+            returncode=returncode,
+            reason=reason,
+            detail=life.detail,
+            stages=tuple(self._sent.values()),
+            leftovers=life.leftovers,
+            survivors=life.survivors,
+            usage=usage if usage != Usage() else self.contained.exit_usage,
+            duration=max(0.0, ended - self._began) if self._began else 0.0,
+            containment=self.contained.name,
+            tree_id=self.tree_id,
+            pid=self.contained.pid,
+            stdout=stdout[0],
+            stderr=stderr[0],
+            stdout_cut=stdout[1],
+            stderr_cut=stderr[1],
+            callback_errors=self.callback_errors.count,
+        )
+
+
+def forget_all() -> None:
+    """In a forked child no tree is ours."""
+    _alive.clear()
+
+
+fds.in_forked_child(forget_all)
+
+
+def end_all(loop: Loop) -> None:
+    """The interpreter is exiting. A warden ends its tree by itself, and sooner or later in better
+    order than we could now; what nothing else holds is ended here."""
+    trees = [tree for tree in tuple(_alive) if tree.contained.name == "group"]
+    for tree in trees:
+        tree.kill(loop, Reason.SUPERVISOR_LOST, "the interpreter is exiting", None)
+    for tree in trees:
+        tree.closed.wait(tree.policy.duration + 15.0)
+
+
+def require_owner(tree: Tree) -> None:
+    """A forked child holds a copy of the handle, but not the tree."""
+    if tree.owner_pid != os.getpid():
+        raise ProctreeError(
+            f"tree {tree.tree_id} belongs to process {tree.owner_pid}; this is process "
+            f"{os.getpid()}, a fork of it, and cannot wait for it or end it"
+        )
+
+

@@ -1,0 +1,326 @@
+"""The front door: `WatchedSubprocess` and `run`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from proctree import command as _command
+from proctree import containment as _containment
+from proctree import loop as _loop
+from proctree import tree as _tree
+from proctree.command import StrPath, Target
+from proctree.errors import ProctreeError, TreeFailed
+from proctree.lifecycle import State
+from proctree.outcome import Outcome, Reason
+from proctree.policy import (
+    KillPolicy,
+    Stage,
+    to_leftovers,
+    to_policy,
+    to_scope,
+    to_seconds,
+    to_signal,
+)
+from proctree.stdio import Streams
+
+if TYPE_CHECKING:
+    from proctree.process.snapshot import ProcessInfo
+
+DEFAULT_POLICY = KillPolicy()
+DRAIN_TIMEOUT = 0.5
+"""Seconds that an output stream which never ends may cost after the end of its tree."""
+
+
+class WatchedSubprocess:
+    """A process tree that ends.
+
+    `start` makes one; a handle made by the constructor alone is `NEW` until its `launch`, so that
+    it can be handed to whoever may want to kill it before it runs.
+
+    Every method may be called from any thread, from output callbacks and from signal handlers,
+    except where it says otherwise.
+
+    Args:
+        target: the arguments of a command (the program is looked up in the PATH of `env`), or a
+            callable without arguments, which runs in a forked child: it exits with status 0 when
+            it returns, 1 with a traceback when it raises, and as `SystemExit` says.
+        timeout: seconds after which the tree is ended with reason `timeout`. Default None: never.
+        kill: how it is ended. Default: SIGTERM to the tree, 5 s, SIGKILL to the tree.
+        cwd: the directory to start in.
+        env: the whole environment; default is ours. The variable PROCTREE_TREE is added.
+        stdin: None (ours), `DEVNULL`, bytes to feed, a descriptor, a file, or a path.
+        stdout, stderr: None (ours), `DEVNULL`, `CAPTURE` or `Capture(...)`, `Lines(...)`,
+            `Chunks(...)`, `Log(...)`, a descriptor, a file, or a path; `STDOUT` for stderr.
+        containment: `"auto"`, `"warden"` or `"group"`; docs/guarantees.md says what each promises.
+        name: for `ps` and logs. Default: the name of the program or callable.
+        leftovers: what becomes of processes that the main process leaves behind: `"kill"`
+            (default), `"wait"` or `"leave"`.
+        pass_fds: descriptors that the tree gets under the same numbers.
+        drain_timeout: seconds that an output stream which something outside the tree keeps open
+            may cost after the tree's end. Default 0.5.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name. Nothing was started.
+        ContainmentUnavailable: the containment cannot be had here.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        timeout: float | None = None,
+        kill: KillPolicy = DEFAULT_POLICY,
+        cwd: StrPath | None = None,
+        env: Mapping[str, str] | Mapping[bytes, bytes] | None = None,
+        stdin: Any = None,
+        stdout: Any = None,
+        stderr: Any = None,
+        containment: str = "auto",
+        name: str | None = None,
+        leftovers: str = "kill",
+        pass_fds: Sequence[int] = (),
+        drain_timeout: float = DRAIN_TIMEOUT,
+    ) -> None:
+        tree_id = os.urandom(8).hex()
+        command = _command.check(
+            target, cwd=cwd, env=env, name=name, pass_fds=pass_fds, tree_id=tree_id
+        )
+        self._tree = _tree.Tree(
+            tree_id,
+            command,
+            _containment.choose(containment)(tree_id),
+            Streams(stdin, stdout, stderr),
+            to_policy(kill, "kill"),
+            to_leftovers(leftovers),
+            None if timeout is None else to_seconds(timeout, "timeout"),
+            to_seconds(drain_timeout, "drain_timeout"),
+        )
+
+    @classmethod
+    def start(cls, target: Target, **options: Any) -> WatchedSubprocess:
+        """Starts a tree and returns when its main process runs. Takes what the class takes.
+
+        Raises:
+            FileNotFoundError, PermissionError, NotADirectoryError, OSError: it could not be
+                started; as `subprocess` raises them. Nothing is left behind.
+            TypeError, ValueError, ContainmentUnavailable: as the class.
+        """
+        handle = cls(target, **options)
+        handle.launch()
+        return handle
+
+    def launch(self) -> None:
+        """Starts a NEW tree and returns when its main process runs. As `start`.
+
+        Raises:
+            ProctreeError: it was launched before, or killed before it was launched.
+        """
+        self._launch()
+        try:
+            self._tree.started.wait()
+        except BaseException:
+            # A KeyboardInterrupt here would leave a tree that nobody has a handle to.
+            self._end_quietly()
+            raise
+        if self._tree.start_error is not None:
+            raise self._tree.start_error
+
+    def _launch(self) -> None:
+        if not self._tree.take_token():
+            raise ProctreeError(f"tree {self.tree_id} was launched or killed before")
+        self._tree.launch(_loop.get())
+
+    # -- what is known
+
+    @property
+    def tree_id(self) -> str:
+        """16 hexadecimal digits; also a part of PROCTREE_TREE in the tree's environment."""
+        return self._tree.tree_id
+
+    @property
+    def pid(self) -> int | None:
+        """The main process, or None before it has started. It leads its session and group."""
+        return self._tree.contained.pid
+
+    @property
+    def name(self) -> str:
+        return self._tree.command.name
+
+    @property
+    def state(self) -> State:
+        """Where the tree is in its life."""
+        return self._tree.life.state
+
+    @property
+    def containment(self) -> str:
+        """The backend that holds the tree: `"warden"` or `"group"`."""
+        return self._tree.contained.name
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended, or None as long as it has not."""
+        return self._tree.outcome
+
+    def processes(self) -> list[ProcessInfo]:
+        """A snapshot of the living processes of the tree, main process first, by psutil."""
+        from proctree.process.snapshot import snapshot
+
+        root = self._tree.contained.root()
+        return [] if root is None else snapshot(root, self._tree.contained.pid, self.tree_id)
+
+    # -- what can be done
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Waits for the end of the tree.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            The outcome; None when the time ran out first, and then nothing was done to the tree.
+
+        Raises:
+            RuntimeError: called without a timeout in an output callback of this very tree, which
+                cannot end before the callback returns; or before the tree was launched.
+            ProctreeError: called in a forked child.
+        """
+        _tree.require_owner(self._tree)
+        if timeout is not None:
+            timeout = to_seconds(timeout, "timeout")
+        elif self._tree.worker.is_current_thread():
+            raise RuntimeError(
+                "wait() in an output callback of the same tree would wait for itself; "
+                "kill() may be called there"
+            )
+        elif self._tree.life.state is State.NEW and not self._tree.launched:
+            raise RuntimeError(f"tree {self.tree_id} was not launched: there is nothing to wait for")
+        self._tree.closed.wait(timeout)
+        return self._tree.outcome
+
+    def kill(self, policy: KillPolicy | None = None, reason: str = "") -> None:
+        """Asks for the end of the tree and returns at once; `wait` waits for it.
+
+        A tree that was never launched is closed. On a tree that is ending already, a policy that
+        would end it sooner takes over and everything else changes nothing.
+
+        Args:
+            policy: default is the one that the tree was made with.
+            reason: for people; it becomes `Outcome.detail`.
+
+        Raises:
+            TypeError: not a KillPolicy.
+            ProctreeError: called in a forked child.
+        """
+        if policy is not None:
+            to_policy(policy, "policy")
+        _tree.require_owner(self._tree)
+        self._tree.kill(_loop.get(), Reason.KILLED, reason, policy)
+
+    def signal(self, sig: int, scope: str = "group") -> None:
+        """Sends one signal, once, and changes nothing else. After the end it does nothing.
+
+        Args:
+            sig: a number or `signal.Signals`.
+            scope: `"main"`, `"group"` (default) or `"tree"`.
+
+        Raises:
+            ValueError, TypeError: unknown signal or scope.
+            RuntimeError: the tree was not launched.
+            ProctreeError: called in a forked child.
+        """
+        stage = Stage(to_signal(sig, "sig"), 0.0, to_scope(scope, "scope"))
+        self._require_launched()
+        self._tree.signal(stage)
+
+    def freeze(self) -> None:
+        """Stops every process of the tree (SIGSTOP, to a fixed point)."""
+        self._require_launched()
+        self._tree.set_frozen(True)
+
+    def thaw(self) -> None:
+        """Lets a frozen tree go on (SIGCONT)."""
+        self._require_launched()
+        self._tree.set_frozen(False)
+
+    def _require_launched(self) -> None:
+        _tree.require_owner(self._tree)
+        if not self._tree.launched:
+            raise RuntimeError(f"tree {self.tree_id} was not launched")
+
+    # -- leaving
+
+    def __enter__(self) -> WatchedSubprocess:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Ends the tree and waits for the proof."""
+        self.kill(reason="left the with block")
+        self._wait_out()
+
+    def _wait_out(self) -> None:
+        """Waits for the end; an impatient interrupt makes it come at once, and then goes on."""
+        try:
+            self._tree.closed.wait()
+        except BaseException:
+            self.kill(KillPolicy.now())
+            self._tree.closed.wait()
+            raise
+
+    def _end_quietly(self) -> None:
+        self.kill(reason="interrupted")
+        with contextlib.suppress(BaseException):
+            self._wait_out()
+
+    def __repr__(self) -> str:
+        return f"<WatchedSubprocess {self.name!r} tree {self.tree_id} pid {self.pid} {self.state.value}>"
+
+
+def run(
+    argv: Target, *, check: bool = False, **options: Any
+) -> Outcome:
+    """Runs a command, or a callable, and returns when its whole tree has ended.
+
+    Takes what `WatchedSubprocess` takes. An exception that comes while it waits (KeyboardInterrupt,
+    or what a signal handler raises) ends the tree first and then goes on.
+
+    Args:
+        check: raise `TreeFailed` unless the main process exited with status 0 by itself.
+
+    Raises:
+        FileNotFoundError, PermissionError, NotADirectoryError, OSError: it could not be started.
+        TypeError, ValueError, ContainmentUnavailable: as `WatchedSubprocess`.
+        TreeFailed: with `check`.
+    """
+    handle = WatchedSubprocess(argv, **options)
+    tree = handle._tree
+    handle._launch()
+    try:
+        tree.closed.wait()
+    except BaseException:
+        handle._end_quietly()
+        raise
+    if tree.start_error is not None:
+        raise tree.start_error
+    outcome = tree.outcome
+    assert outcome is not None
+    if check and not outcome.ok:
+        raise TreeFailed(outcome)
+    return outcome
+
+
+def _at_exit() -> None:
+    if _loop.exists():
+        _tree.end_all(_loop.get())
+
+
+atexit.register(_at_exit)

@@ -1,0 +1,92 @@
+"""Where the user's Python code runs: never on the loop.
+
+A callback that blocks or raises must not hold up other trees, so each tree's callbacks run one
+after the other on a thread that is nobody else's while they last. Threads are made when they are
+needed and kept for a while for the next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+Job = Callable[[], None]
+
+IDLE_SECONDS = 5.0
+"""How long a thread without work is kept."""
+
+
+class _Threads:
+    """As many threads as there are busy queues, and a few idle ones."""
+
+    def __init__(self) -> None:
+        self._wanted = threading.Condition()
+        self._jobs: deque[Job] = deque()
+        self._idle = 0
+
+    def run(self, job: Job) -> None:
+        with self._wanted:
+            self._jobs.append(job)
+            if self._idle >= len(self._jobs):
+                self._wanted.notify()
+                return
+        threading.Thread(target=self._work, name="proctree-callbacks", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._wanted:
+                if not self._jobs:
+                    self._idle += 1
+                    self._wanted.wait(IDLE_SECONDS)
+                    self._idle -= 1
+                    if not self._jobs:
+                        return
+                job = self._jobs.popleft()
+            job()
+
+
+_threads = _Threads()
+
+
+def reset() -> None:
+    """In a forked child no thread is left."""
+    global _threads
+    _threads = _Threads()
+
+
+class Worker:
+    """Runs jobs in order, one at a time, off the caller's thread.
+
+    A job must not raise: whoever posts it catches what the user's code does.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: deque[Job] = deque()
+        self._running = False
+        self._thread: int | None = None
+
+    def post(self, job: Job) -> None:
+        """Does not block."""
+        with self._lock:
+            self._jobs.append(job)
+            if self._running:
+                return
+            self._running = True
+        _threads.run(self._drain)
+
+    def is_current_thread(self) -> bool:
+        """Whether the caller is one of this worker's own jobs."""
+        return self._thread == threading.get_ident()
+
+    def _drain(self) -> None:
+        self._thread = threading.get_ident()
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._running = False
+                    self._thread = None
+                    return
+                job = self._jobs.popleft()
+            job()

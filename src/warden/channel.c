@@ -1,0 +1,145 @@
+/* Messages to and from the supervisor. */
+#define _GNU_SOURCE
+#include "warden.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+void header_init(struct message_header *header, enum message_type type, uint32_t serial)
+{
+    *header = (struct message_header){
+        .version = PROTOCOL_VERSION,
+        .type = (uint8_t)type,
+        .serial = serial,
+    };
+}
+
+/* A supervisor that does not read holds the warden up here, and so loses nothing; one that dies
+ * lets it go.  Both are events, so there is nothing to poll for on an interval. */
+static bool wait_writable(struct warden *w)
+{
+    struct pollfd fds[2] = {
+        {.fd = w->control, .events = POLLOUT},
+        {.fd = w->supervisor, .events = POLLIN},
+    };
+    while (poll(fds, 2, -1) < 0)
+        if (errno != EINTR)
+            return false;
+    return !(fds[1].revents & POLLIN) && !(fds[0].revents & (POLLERR | POLLHUP));
+}
+
+void channel_send(struct warden *w, const void *message, size_t size)
+{
+    while (w->control >= 0) {
+        if (send(w->control, message, size, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
+            return;
+        if (errno == EINTR)
+            continue;
+        /* ENOBUFS: the kernel is short of memory for the message; the supervisor will see it
+         * missing as an end of file at the latest, so giving up is safe and looping is not. */
+        if (errno != EAGAIN || !wait_writable(w))
+            return; /* the main loop sees the same end of file and acts on it */
+    }
+}
+
+/* Returns the size, 0 at the end of file, or -1 with errno. */
+ssize_t channel_receive(struct warden *w, void *buffer, size_t size)
+{
+    ssize_t got;
+    do
+        got = recv(w->control, buffer, size, MSG_DONTWAIT | MSG_TRUNC);
+    while (got < 0 && errno == EINTR);
+    return got;
+}
+
+void send_failure(struct warden *w, enum message_type type, struct failure failure)
+{
+    struct message_failure message = {.error = failure.error, .step = failure.step};
+    header_init(&message.header, type, 0);
+    channel_send(w, &message, sizeof message);
+}
+
+static struct message_usage usage_of(const struct rusage *usage)
+{
+    return (struct message_usage){
+        .user_us = (uint64_t)usage->ru_utime.tv_sec * 1000000 + (uint64_t)usage->ru_utime.tv_usec,
+        .system_us = (uint64_t)usage->ru_stime.tv_sec * 1000000 + (uint64_t)usage->ru_stime.tv_usec,
+        .max_rss = (uint64_t)usage->ru_maxrss * 1024,
+    };
+}
+
+/* RUSAGE_CHILDREN of the subreaper is the whole tree: everything that anybody in it waited for,
+ * and everything that the warden reaped itself (getrusage(2)). */
+static struct message_usage usage_of_tree(void)
+{
+    struct rusage usage;
+    memset(&usage, 0, sizeof usage);
+    getrusage(RUSAGE_CHILDREN, &usage);
+    return usage_of(&usage);
+}
+
+void send_empty(struct warden *w)
+{
+    struct message_empty message = {.reaped = w->reaped, .usage = usage_of_tree()};
+    header_init(&message.header, MESSAGE_EMPTY, 0);
+    channel_send(w, &message, sizeof message);
+}
+
+static void fill_member(struct message_member *to, const struct process *from, int error)
+{
+    *to = (struct message_member){
+        .pid = from->pid,
+        .ppid = from->ppid,
+        .pgrp = from->pgrp,
+        .session = from->session,
+        .start_time = from->start_time,
+        .error = error,
+        .state = from->state,
+    };
+    memcpy(to->comm, from->comm, sizeof to->comm);
+}
+
+/* Answers a LIST.  Sent in pieces, so that neither side needs memory for a whole tree at once. */
+uint32_t send_members(struct warden *w, uint32_t serial)
+{
+    struct message_members message;
+    uint32_t count = 0, total = 0;
+
+    tree_snapshot(w);
+    for (size_t i = 0; i < w->pid_count; i++) {
+        struct process process;
+        int fd = member_open(w, w->pids[i], &process);
+        if (fd < 0 || process_dead(&process))
+            continue;
+        if (count == PROTOCOL_MEMBERS_MAX) {
+            header_init(&message.header, MESSAGE_MEMBERS, serial);
+            message.header.flags = MEMBERS_MORE;
+            message.count = count;
+            message.total = total;
+            channel_send(w, &message, sizeof message);
+            count = 0;
+        }
+        int denied = sys_pidfd_send_signal(fd, 0) < 0 ? errno : 0;
+        fill_member(&message.members[count++], &process, denied);
+        total++;
+    }
+    tree_forget(w);
+    header_init(&message.header, MESSAGE_MEMBERS, serial);
+    message.count = count;
+    message.total = total;
+    memset(&message.members[count], 0, (PROTOCOL_MEMBERS_MAX - count) * sizeof message.members[0]);
+    channel_send(w, &message, sizeof message);
+    return total;
+}
+
+void send_exited(struct warden *w, uint32_t leftovers)
+{
+    struct message_exited message = {
+        .status = w->main_status, .leftovers = leftovers, .usage = usage_of_tree()};
+    header_init(&message.header, MESSAGE_EXITED, 0);
+    channel_send(w, &message, sizeof message);
+}

@@ -1,0 +1,226 @@
+/* Reading /proc: see proc(5). */
+#define _GNU_SOURCE
+#include "warden.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* include/linux/sched.h; shown in field 9 of /proc/PID/stat. */
+#define KERNEL_PF_EXITING 0x00000004ul
+#define KERNEL_PF_SIGNALED 0x00000400ul
+
+/* Positions of the fields behind the command name, counted from 0. */
+enum {
+    FIELD_STATE = 0,
+    FIELD_PPID = 1,
+    FIELD_PGRP = 2,
+    FIELD_SESSION = 3,
+    FIELD_FLAGS = 6,
+    FIELD_THREADS = 17,
+    FIELD_START_TIME = 19,
+    FIELD_PENDING = 28
+};
+
+char *put_text(char *at, const char *text)
+{
+    const size_t length = strlen(text);
+    memcpy(at, text, length + 1);
+    return at + length;
+}
+
+char *put_number(char *at, long number)
+{
+    char digits[24];
+    size_t count = 0;
+    do
+        digits[count++] = (char)('0' + number % 10);
+    while ((number /= 10) > 0);
+    while (count > 0)
+        *at++ = digits[--count];
+    *at = '\0';
+    return at;
+}
+
+const char *parse_number(const char *at, const char *end, unsigned long long *out)
+{
+    while (at < end && *at == ' ')
+        at++;
+    bool negative = at < end && *at == '-';
+    if (negative)
+        at++;
+    if (at >= end || *at < '0' || *at > '9')
+        return NULL;
+    unsigned long long value = 0;
+    for (; at < end && *at >= '0' && *at <= '9'; at++)
+        value = value * 10 + (unsigned)(*at - '0');
+    *out = negative ? 0 - value : value;
+    return at;
+}
+
+static bool store_field(struct process *out, int field, unsigned long long value)
+{
+    switch (field) {
+    case FIELD_PPID:
+        out->ppid = (pid_t)value;
+        break;
+    case FIELD_PGRP:
+        out->pgrp = (pid_t)value;
+        break;
+    case FIELD_SESSION:
+        out->session = (pid_t)value;
+        break;
+    case FIELD_FLAGS:
+        out->flags = (unsigned long)value;
+        break;
+    case FIELD_THREADS:
+        out->threads = (long)value;
+        break;
+    case FIELD_START_TIME:
+        out->start_time = value;
+        break;
+    case FIELD_PENDING:
+        out->pending = (unsigned long)value;
+        return true;
+    default:
+        break;
+    }
+    return false;
+}
+
+/* The command name is whatever the process chose: blanks, brackets, newlines.  It ends at the
+ * *last* closing bracket, since nothing behind it contains one. */
+bool parse_stat(const char *text, size_t length, struct process *out)
+{
+    const char *end = text + length;
+    const char *open = memchr(text, '(', length);
+    const char *close = memrchr(text, ')', length);
+    unsigned long long value;
+
+    memset(out, 0, sizeof *out);
+    if (!open || !close || close < open || close + 3 > end || close[1] != ' ')
+        return false;
+    if (!parse_number(text, open, &value))
+        return false;
+    out->pid = (pid_t)value;
+    size_t name = (size_t)(close - open - 1);
+    memcpy(out->comm, open + 1, name < sizeof out->comm ? name : sizeof out->comm - 1);
+
+    out->state = close[2];
+    const char *at = close + 3;
+    for (int field = FIELD_PPID; at; field++) {
+        at = parse_number(at, end, &value);
+        if (at && store_field(out, field, value))
+            return true;
+    }
+    return false;
+}
+
+/* Numbers separated by blanks.  A number at the very end may go on in the next piece, so it only
+ * counts when this piece is the `last`.  `*used` says how many bytes were understood. */
+size_t parse_children(const char *text, size_t length, bool last, pid_t *out, size_t capacity,
+                      size_t *used)
+{
+    const char *at = text, *end = text + length;
+    size_t count = 0;
+
+    while (count < capacity) {
+        unsigned long long value;
+        const char *next = parse_number(at, end, &value);
+        if (!next || (next == end && !last))
+            break;
+        at = next;
+        if (value > 0 && value <= PIDS_MAX)
+            out[count++] = (pid_t)value;
+    }
+    *used = (size_t)(at - text);
+    return count;
+}
+
+/* Returns 0, or the errno that says why not: ENOENT and ESRCH mean that the process is gone. */
+int process_read(int proc, pid_t pid, struct process *out)
+{
+    char path[32], text[1024];
+    put_text(put_number(path, pid), "/stat");
+    int fd = openat(proc, path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    ssize_t got = read(fd, text, sizeof text);
+    int error = got < 0 ? errno : 0;
+    close(fd);
+    if (error)
+        return error;
+    if (got == 0)
+        return ESRCH;
+    return parse_stat(text, (size_t)got, out) && out->pid == pid ? 0 : EBADMSG;
+}
+
+/* A thread group whose leader has ended still runs while other threads do, and its stat shows the
+ * leader: Z. */
+bool process_dead(const struct process *process)
+{
+    if (process->state == 'X' || process->state == 'x')
+        return true;
+    return process->state == 'Z' && process->threads <= 1;
+}
+
+/* True when the process can no longer run a single instruction of its own, and so can no longer
+ * fork: it is dead, in exit(2), or has a SIGKILL pending.  complete_signal() in kernel/signal.c
+ * puts SIGKILL into the *thread's* pending set, which field 31 shows, and a fork that is under way
+ * sees it and gives up (copy_process() returns ERESTARTNOINTR while a signal is pending). */
+bool process_dying(const struct process *process)
+{
+    if (process_dead(process))
+        return true;
+    if (process->state == 'Z')
+        return false;
+    return (process->flags & (KERNEL_PF_EXITING | KERNEL_PF_SIGNALED)) ||
+           (process->pending & (1ul << (SIGKILL - 1)));
+}
+
+/* Directories of numbers: /proc, /proc/PID/task, /proc/self/fd. */
+int numbers_open(struct numbers *numbers, int directory, const char *path)
+{
+    numbers->at = numbers->size = 0;
+    numbers->fd = openat(directory, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return numbers->fd < 0 ? errno : 0;
+}
+
+/* The kernel's struct linux_dirent64, getdents64(2). */
+struct entry {
+    uint64_t inode;
+    int64_t offset;
+    uint16_t size;
+    uint8_t type;
+    char name[];
+};
+
+/* Returns the next name that is a number, or -1 at the end; closes the directory there. */
+long numbers_next(struct numbers *numbers)
+{
+    for (;;) {
+        if (numbers->at >= numbers->size) {
+            long got = syscall(SYS_getdents64, numbers->fd, numbers->text, sizeof numbers->text);
+            if (got <= 0) {
+                numbers_close(numbers);
+                return -1;
+            }
+            numbers->at = 0;
+            numbers->size = (size_t)got;
+        }
+        const struct entry *entry = (const void *)((char *)numbers->text + numbers->at);
+        numbers->at += entry->size;
+        unsigned long long value;
+        const char *end = entry->name + strlen(entry->name);
+        if (entry->name[0] != '-' && parse_number(entry->name, end, &value) == end)
+            return (long)value;
+    }
+}
+
+void numbers_close(struct numbers *numbers)
+{
+    close(numbers->fd);
+}

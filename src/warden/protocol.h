@@ -1,0 +1,158 @@
+/* The language between a supervisor and its warden.
+ *
+ * One SOCK_SEQPACKET message is one of the structs below, in host byte order: both ends are on
+ * one machine and were built together.  src/proctree/protocol.py is the same language in Python,
+ * and tests/test_protocol.py compiles this header and holds the two against each other. */
+#ifndef PROCTREE_PROTOCOL_H
+#define PROCTREE_PROTOCOL_H
+
+#include <stdint.h>
+
+#define PROTOCOL_VERSION 1
+#define PROTOCOL_STAGES_MAX 8
+#define PROTOCOL_MEMBERS_MAX 64 /* members in one MEMBERS message */
+#define PROTOCOL_COMM_SIZE 16   /* TASK_COMM_LEN, proc(5) */
+
+/* Supervisor to warden: 1 to 63.  Warden to supervisor: 64 and up.
+ * 7 and 8 are reserved for KEEP and DETACH. */
+enum message_type {
+    MESSAGE_START = 1,
+    MESSAGE_SIGNAL = 2,
+    MESSAGE_LIST = 3,
+    MESSAGE_FREEZE = 4,
+    MESSAGE_THAW = 5,
+    MESSAGE_RELEASE = 6,
+
+    MESSAGE_STARTED = 64,
+    MESSAGE_EXEC_FAILED = 65,
+    MESSAGE_EXITED = 66,
+    MESSAGE_MEMBERS = 67,
+    MESSAGE_SIGNALLED = 68,
+    MESSAGE_DENIED = 69,
+    MESSAGE_ASKED = 70,
+    MESSAGE_EMPTY = 71,
+    MESSAGE_FAULT = 72
+};
+
+enum scope { SCOPE_MAIN = 1, SCOPE_GROUP = 2, SCOPE_TREE = 3 };
+
+/* Where something failed.  The names that people read are in protocol.py. */
+enum step {
+    STEP_ARGUMENTS = 1,
+    STEP_SETSID = 2,
+    STEP_SUBREAPER = 3,
+    STEP_SIGNALS = 4,
+    STEP_PROC = 5,
+    STEP_PIDFD = 6,
+    STEP_MEMORY = 7,
+    STEP_FORK = 8,
+    STEP_PDEATHSIG = 9,
+    STEP_CHDIR = 10,
+    STEP_DESCRIPTORS = 11,
+    STEP_EXEC = 12,
+    STEP_ADOPT = 13,
+    STEP_PROTOCOL = 14,
+    STEP_STDIO = 15,
+    STEP_PARENT = 16
+};
+
+#define STAGE_RESUME 1u  /* send SIGCONT to members that are stopped, so that they see the signal */
+#define MEMBERS_MORE 1u  /* another MEMBERS message with the same serial follows */
+
+struct message_header {
+    uint8_t version;
+    uint8_t type;
+    uint16_t flags;
+    uint32_t serial; /* a request's number, repeated in its answers; 0 for what nobody asked for */
+};
+
+struct message_stage {
+    int32_t signo;
+    uint16_t scope;
+    uint16_t flags;
+    uint32_t grace_ms;
+};
+
+/* The orphan plan: what the warden does by itself when its supervisor is gone. */
+struct message_start {
+    struct message_header header;
+    uint32_t stage_count;
+    struct message_stage stages[PROTOCOL_STAGES_MAX];
+};
+
+struct message_signal {
+    struct message_header header;
+    struct message_stage stage; /* grace_ms is ignored: the supervisor keeps the time */
+};
+
+struct message_started {
+    struct message_header header;
+    int32_t pid;
+    int32_t reserved;
+    uint64_t start_time; /* field 22 of /proc/PID/stat, in clock ticks since boot */
+};
+
+struct message_failure { /* EXEC_FAILED and FAULT */
+    struct message_header header;
+    int32_t error; /* errno */
+    int32_t step;
+};
+
+struct message_usage {
+    uint64_t user_us;
+    uint64_t system_us;
+    uint64_t max_rss; /* bytes, of the largest single process */
+};
+
+struct message_exited {
+    struct message_header header;
+    int32_t status;     /* as waitpid(2) gives it */
+    uint32_t leftovers; /* live members at that moment; the first of them came in MEMBERS */
+    struct message_usage usage;
+};
+
+struct message_member {
+    int32_t pid;
+    int32_t ppid;
+    int32_t pgrp;
+    int32_t session;
+    uint64_t start_time;
+    int32_t error; /* errno when we may not signal it, else 0 */
+    char state;    /* field 3 of /proc/PID/stat */
+    char reserved[3];
+    char comm[PROTOCOL_COMM_SIZE];
+};
+
+struct message_members {
+    struct message_header header;
+    uint32_t count;
+    uint32_t total; /* of the whole answer, over all its messages */
+    struct message_member members[PROTOCOL_MEMBERS_MAX];
+};
+
+struct message_signalled {
+    struct message_header header;
+    uint32_t count;
+    uint32_t denied;
+};
+
+struct message_denied {
+    struct message_header header;
+    int32_t pid;
+    int32_t error;
+};
+
+struct message_asked { /* somebody sent the warden itself a signal that asks it to end */
+    struct message_header header;
+    int32_t signo;
+    int32_t pid;
+    uint32_t uid;
+};
+
+struct message_empty {
+    struct message_header header;
+    uint64_t reaped;
+    struct message_usage usage;
+};
+
+#endif

@@ -1,0 +1,537 @@
+/* proctree-warden: the small process between a supervisor and its tree.
+ *
+ *     supervisor -> warden -> main process -> everything else
+ *
+ * Theory of operation.  The warden is a child subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) in a
+ * session of its own, so that every descendant stays below it, however it forks.  From that follow
+ * the two things that it can promise and nobody else can:
+ *
+ *   - waitpid(-1) answering ECHILD is the proof that the tree is empty, since a live descendant
+ *     always has a live ancestor that is a child of the warden;
+ *   - the tree does not outlive its supervisor, since the warden does, for as long as its orphan
+ *     plan takes.
+ *
+ * It has one thread and one poll(2): the control socket, a pidfd of the supervisor, a signalfd.
+ * Which signal when is the supervisor's business, but for the orphan plan, which has to run when
+ * there is no supervisor.
+ *
+ *   proc.c     what /proc says about a process        (parsers: pure)
+ *   tree.c     who is in the tree, and the proof of it
+ *   ending.c   signal it, freeze it, kill it, reap it
+ *   spawn.c    start or adopt the main process
+ *   channel.c  messages                               (protocol.h) */
+#define _GNU_SOURCE
+#include "warden.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+
+/* How long a supervisor may take to act on a signal that asked the warden to end, before the
+ * warden ends the tree by itself: a stopped supervisor must not keep it alive. */
+#define ASKED_PATIENCE_MS 1000
+
+enum verdict { GO_ON, FINISHED, GIVEN_UP };
+
+int sys_pidfd_open(pid_t pid)
+{
+    return (int)syscall(SYS_pidfd_open, pid, 0);
+}
+
+int sys_pidfd_send_signal(int fd, int signo)
+{
+    return (int)syscall(SYS_pidfd_send_signal, fd, signo, NULL, 0);
+}
+
+int64_t now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* ---- The orphan plan ---- */
+
+static enum verdict plan_step(struct warden *w)
+{
+    if (w->plan_next >= w->plan_count) {
+        /* Every stage has had its grace and something is still there: it cannot be ended by us.
+         * There is nobody to report it to, and waiting on would help nobody. */
+        return GIVEN_UP;
+    }
+    const struct message_stage *stage = &w->plan[w->plan_next++];
+    send_signal(w, stage, 0);
+    w->plan_due = now_ms() + stage->grace_ms;
+    return GO_ON;
+}
+
+static enum verdict plan_begin(struct warden *w)
+{
+    if (w->plan_running)
+        return GO_ON;
+    w->plan_running = true;
+    w->asked_due = 0;
+    return plan_step(w);
+}
+
+static enum verdict supervisor_lost(struct warden *w)
+{
+    if (w->control >= 0)
+        close(w->control);
+    if (w->supervisor >= 0)
+        close(w->supervisor);
+    w->control = w->supervisor = -1;
+    return plan_begin(w);
+}
+
+/* ---- What the supervisor says ---- */
+
+static enum verdict refuse(struct warden *w)
+{
+    send_failure(w, MESSAGE_FAULT, (struct failure){.error = EPROTO, .step = STEP_PROTOCOL});
+    return plan_begin(w);
+}
+
+static bool valid_stage(const struct message_stage *stage)
+{
+    return stage->signo >= 0 && stage->signo < _NSIG && stage->scope >= SCOPE_MAIN &&
+           stage->scope <= SCOPE_TREE;
+}
+
+static void answer(struct warden *w, struct sent sent, uint32_t serial)
+{
+    struct message_signalled message = {.count = sent.count, .denied = sent.denied};
+    header_init(&message.header, MESSAGE_SIGNALLED, serial);
+    channel_send(w, &message, sizeof message);
+}
+
+union message {
+    struct message_header header;
+    struct message_start start;
+    struct message_signal signal;
+};
+
+static size_t expected_size(uint8_t type)
+{
+    switch (type) {
+    case MESSAGE_START:
+        return sizeof(struct message_start);
+    case MESSAGE_SIGNAL:
+        return sizeof(struct message_signal);
+    case MESSAGE_LIST:
+    case MESSAGE_FREEZE:
+    case MESSAGE_THAW:
+    case MESSAGE_RELEASE:
+        return sizeof(struct message_header);
+    default:
+        return 0;
+    }
+}
+
+static bool well_formed(const union message *message, ssize_t size)
+{
+    return size >= (ssize_t)sizeof message->header && message->header.version == PROTOCOL_VERSION &&
+           (size_t)size == expected_size(message->header.type);
+}
+
+static enum verdict obey(struct warden *w, const union message *message)
+{
+    const uint32_t serial = message->header.serial;
+
+    w->asked_due = 0;
+    switch (message->header.type) {
+    case MESSAGE_SIGNAL:
+        if (!valid_stage(&message->signal.stage))
+            return refuse(w);
+        answer(w, send_signal(w, &message->signal.stage, serial), serial);
+        return GO_ON;
+    case MESSAGE_LIST:
+        send_members(w, serial);
+        return GO_ON;
+    case MESSAGE_FREEZE:
+        freeze_tree(w);
+        answer(w, (struct sent){0, 0}, serial);
+        return GO_ON;
+    case MESSAGE_THAW:
+        answer(w, thaw_tree(w, serial), serial);
+        return GO_ON;
+    case MESSAGE_RELEASE:
+        return FINISHED;
+    default:
+        return refuse(w);
+    }
+}
+
+static enum verdict read_control(struct warden *w)
+{
+    union message message;
+    ssize_t size = channel_receive(w, &message, sizeof message);
+
+    if (size < 0 && errno == EAGAIN)
+        return GO_ON;
+    if (size <= 0)
+        return supervisor_lost(w);
+    if (!well_formed(&message, size))
+        return refuse(w);
+    return obey(w, &message);
+}
+
+/* ---- Signals that the warden itself receives ---- */
+
+static enum verdict tree_empty(struct warden *w)
+{
+    send_empty(w);
+    return FINISHED;
+}
+
+static bool no_children(void)
+{
+    siginfo_t info;
+    return waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) < 0 && errno == ECHILD;
+}
+
+static enum verdict children_changed(struct warden *w)
+{
+    const bool by_itself = reap(w);
+    const bool empty = no_children();
+
+    if (w->main_reaped && !w->main_reported) {
+        w->main_reported = true;
+        send_exited(w, empty ? 0 : send_members(w, 0));
+    }
+    if (empty)
+        return tree_empty(w);
+    if (w->killing && by_itself) {
+        struct sent sent = {0, 0};
+        kill_tree(w, &sent, 0);
+    }
+    return GO_ON;
+}
+
+/* Somebody asked the warden to end: the supervisor decides how, as for any other kill.  If it does
+ * not act, or the same is asked again, the warden does. */
+static enum verdict asked_to_end(struct warden *w, const struct signalfd_siginfo *info)
+{
+    if (w->plan_running)
+        return GO_ON;
+    if (w->asked_due)
+        return plan_begin(w);
+    struct message_asked message = {
+        .signo = (int32_t)info->ssi_signo,
+        .pid = (int32_t)info->ssi_pid,
+        .uid = info->ssi_uid,
+    };
+    header_init(&message.header, MESSAGE_ASKED, 0);
+    channel_send(w, &message, sizeof message);
+    w->asked_due = now_ms() + ASKED_PATIENCE_MS;
+    return GO_ON;
+}
+
+static enum verdict read_signals(struct warden *w)
+{
+    struct signalfd_siginfo info;
+    bool children = false;
+    enum verdict verdict = GO_ON;
+
+    while (read(w->signals, &info, sizeof info) == (ssize_t)sizeof info) {
+        switch (info.ssi_signo) {
+        case SIGCHLD:
+            children = true;
+            break;
+        case SIGTERM:
+        case SIGINT:
+        case SIGHUP:
+        case SIGQUIT:
+            verdict = asked_to_end(w, &info);
+            break;
+        default: /* ignored: nothing in the tree or outside it gets rid of the warden by accident */
+            break;
+        }
+    }
+    return children ? children_changed(w) : verdict;
+}
+
+/* ---- The loop ---- */
+
+static int next_timeout(const struct warden *w)
+{
+    const int64_t due[] = {w->plan_due, w->asked_due, w->kill_due};
+    int64_t first = 0;
+    for (size_t i = 0; i < sizeof due / sizeof due[0]; i++)
+        if (due[i] && (!first || due[i] < first))
+            first = due[i];
+    if (!first)
+        return -1;
+    int64_t left = first - now_ms();
+    return left < 0 ? 0 : left > 3600000 ? 3600000 : (int)left;
+}
+
+static enum verdict run_timers(struct warden *w)
+{
+    const int64_t now = now_ms();
+
+    if (w->kill_due && w->kill_due <= now)
+        kill_retry(w);
+    if (w->asked_due && w->asked_due <= now)
+        return plan_begin(w);
+    if (w->plan_due && w->plan_due <= now)
+        return plan_step(w);
+    return GO_ON;
+}
+
+static enum verdict turn(struct warden *w)
+{
+    struct pollfd fds[3] = {
+        {.fd = w->signals, .events = POLLIN},
+        {.fd = w->control, .events = POLLIN},
+        {.fd = w->supervisor, .events = POLLIN},
+    };
+    if (poll(fds, 3, next_timeout(w)) < 0 && errno != EINTR)
+        return plan_begin(w);
+    enum verdict verdict = GO_ON;
+    if (fds[0].revents)
+        verdict = read_signals(w);
+    if (verdict == GO_ON && fds[1].revents)
+        verdict = read_control(w);
+    /* A forked helper of the host program may hold a copy of the socket, so that its end never
+     * comes: the pidfd does not have that problem. */
+    if (verdict == GO_ON && fds[2].revents && w->supervisor >= 0)
+        verdict = supervisor_lost(w);
+    return verdict == GO_ON ? run_timers(w) : verdict;
+}
+
+/* ---- Setting up ---- */
+
+static bool take_option(struct options *options, char *argument)
+{
+    char *value = strchr(argument, '=');
+    if (!value)
+        return false;
+    size_t name = (size_t)(value++ - argument);
+    unsigned long long number = 0;
+    parse_number(value, value + strlen(value), &number);
+#define IS(text) (name == sizeof text - 1 && memcmp(argument, text, name) == 0)
+    if (IS("control"))
+        options->control = (int)number;
+    else if (IS("supervisor"))
+        options->supervisor = (int)number;
+    else if (IS("adopt"))
+        options->adopt = (int)number;
+    else if (IS("cwd"))
+        options->cwd = value;
+    else if (IS("pass"))
+        options->pass = value;
+    else if (IS("proc"))
+        options->scan = strcmp(value, "scan") == 0;
+    else
+        return false;
+#undef IS
+    return true;
+}
+
+static bool parse_arguments(struct options *options, char **argv)
+{
+    *options = (struct options){.control = -1};
+    char **at = argv[0] ? argv + 1 : argv;
+    for (; *at && strcmp(*at, "--") != 0; at++)
+        if (!take_option(options, *at))
+            return false;
+    options->argv = *at ? at + 1 : at;
+    return options->control > 2 && options->supervisor > 0 &&
+           (options->adopt > 0 || (options->argv && options->argv[0]));
+}
+
+/* Our own descriptors stay above the standard streams, which the host program may have closed. */
+static int lift(int fd)
+{
+    if (fd < 0 || fd > 2)
+        return fd;
+    int lifted = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    close(fd);
+    return lifted;
+}
+
+static struct failure failure_at(int step, int error)
+{
+    return (struct failure){.error = error, .step = step};
+}
+
+/* A host program that ignores SIGCHLD hands that on through exec, and then the kernel reaps our
+ * children behind our back; SIGPIPE and SIGXFSZ are ignored by every Python. */
+static int prepare_signals(struct warden *w)
+{
+    sigset_t all;
+    if (signal(SIGCHLD, SIG_DFL) == SIG_ERR || signal(SIGPIPE, SIG_DFL) == SIG_ERR ||
+        signal(SIGXFSZ, SIG_DFL) == SIG_ERR)
+        return errno;
+    sigfillset(&all);
+    if (sigprocmask(SIG_SETMASK, &all, NULL) < 0)
+        return errno;
+    w->signals = lift(signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK));
+    return w->signals < 0 ? errno : 0;
+}
+
+/* A /proc of another PID namespace would tell us about other processes under our numbers. */
+static int prepare_proc(struct warden *w)
+{
+    char self[16];
+    w->proc = lift(open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC));
+    if (w->proc < 0)
+        return errno;
+    ssize_t got = readlinkat(w->proc, "self", self, sizeof self - 1);
+    if (got < 0)
+        return errno;
+    unsigned long long pid = 0;
+    parse_number(self, self + got, &pid);
+    return (pid_t)pid == w->self ? 0 : ENXIO;
+}
+
+static int prepare_supervisor(struct warden *w)
+{
+    w->supervisor = lift(sys_pidfd_open(w->options.supervisor));
+    if (w->supervisor < 0)
+        return errno;
+    /* Only now is it certain that the descriptor is our parent's and not of a process that was
+     * given its number. */
+    return getppid() == w->options.supervisor ? 0 : ESRCH;
+}
+
+static struct failure prepare(struct warden *w)
+{
+    int error;
+
+    w->self = getpid();
+    w->control = w->options.control;
+    if ((error = descriptors_prepare()))
+        return failure_at(STEP_DESCRIPTORS, error);
+    if ((error = prepare_signals(w)))
+        return failure_at(STEP_SIGNALS, error);
+    if (getsid(0) != w->self && setsid() < 0)
+        return failure_at(STEP_SETSID, errno);
+    if (prctl(PR_SET_CHILD_SUBREAPER, 1) < 0)
+        return failure_at(STEP_SUBREAPER, errno);
+    if (prctl(PR_SET_NAME, "proctree-warden") < 0)
+        return failure_at(STEP_SUBREAPER, errno);
+    if ((error = prepare_supervisor(w)))
+        return failure_at(STEP_PIDFD, error);
+    if ((error = prepare_proc(w)))
+        return failure_at(STEP_PROC, error);
+    if ((error = tree_prepare(w)))
+        return failure_at(STEP_MEMORY, error);
+    return failure_at(0, 0);
+}
+
+/* START carries the orphan plan.  Until it is here nothing is started, so that the supervisor has
+ * a pidfd of a warden that is certainly alive before that warden can do anything. */
+static bool receive_start(struct warden *w)
+{
+    union message message;
+    struct pollfd fds[2] = {
+        {.fd = w->control, .events = POLLIN},
+        {.fd = w->supervisor, .events = POLLIN},
+    };
+    while (poll(fds, 2, -1) < 0)
+        if (errno != EINTR)
+            return false;
+    if (!fds[0].revents)
+        return false;
+    ssize_t size = channel_receive(w, &message, sizeof message);
+    if (size <= 0)
+        return false;
+    if (!well_formed(&message, size) || message.header.type != MESSAGE_START ||
+        message.start.stage_count == 0 || message.start.stage_count > PROTOCOL_STAGES_MAX) {
+        send_failure(w, MESSAGE_FAULT, failure_at(STEP_PROTOCOL, EPROTO));
+        return false;
+    }
+    for (uint32_t i = 0; i < message.start.stage_count; i++) {
+        if (!valid_stage(&message.start.stages[i])) {
+            send_failure(w, MESSAGE_FAULT, failure_at(STEP_PROTOCOL, EINVAL));
+            return false;
+        }
+        w->plan[i] = message.start.stages[i];
+    }
+    w->plan_count = message.start.stage_count;
+    return true;
+}
+
+/* ps(1) shall say whose warden this is, and nothing else: the command is shown by the command. */
+static void set_title(char **argv)
+{
+    char **last = argv;
+    while (last[1])
+        last++;
+    if (last > argv)
+        memset(argv[1], 0, (size_t)(*last + strlen(*last) - argv[1]));
+}
+
+static bool begin(struct warden *w)
+{
+    struct failure failure = w->options.adopt ? adopt_main(w) : spawn_main(w);
+    if (failure.error) {
+        send_failure(w, MESSAGE_EXEC_FAILED, failure);
+        return false;
+    }
+    struct process process;
+    struct message_started message = {.pid = w->main};
+    if (process_read(w->proc, w->main, &process) == 0)
+        message.start_time = process.start_time;
+    header_init(&message.header, MESSAGE_STARTED, 0);
+    channel_send(w, &message, sizeof message);
+    return true;
+}
+
+/* A callable was forked before we became the warden, so it is there even when we cannot begin. */
+static int abandon(struct warden *w)
+{
+    if (w->options.adopt > 0) {
+        w->main = w->options.adopt;
+        kill(-w->main, SIGKILL);
+        if (w->seen) {
+            struct sent sent = {0, 0};
+            kill_tree(w, &sent, 0);
+        }
+    }
+    return 1;
+}
+
+int main(int argc, char **argv)
+{
+    static struct warden warden = {.control = -1, .supervisor = -1, .signals = -1, .proc = -1};
+    struct warden *w = &warden;
+
+    if (argc < 1 || !parse_arguments(&w->options, argv)) {
+        static const char text[] = "proctree-warden: started by proctree, not by hand\n";
+        return write(2, text, sizeof text - 1) < 0 ? 1 : 2;
+    }
+    struct failure failure = prepare(w);
+    if (failure.error) {
+        send_failure(w, MESSAGE_FAULT, failure);
+        return abandon(w);
+    }
+    if (!receive_start(w))
+        return abandon(w);
+    if (!begin(w))
+        return abandon(w);
+    set_title(argv);
+    descriptors_drop(w);
+
+    enum verdict verdict;
+    while ((verdict = turn(w)) == GO_ON)
+        continue;
+    return verdict == FINISHED ? 0 : 1;
+}
