@@ -13,12 +13,19 @@ that it does crashes, blocks or bloats its supervisor.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from proctree.errors import ContainmentUnavailable, ProctreeError, TreeFailed
 from proctree.lifecycle import State
-from proctree.outcome import Cut, Member, Outcome, Reason, StageSent, Usage
-from proctree.output import Capture, Chunks, Lines, Log, Stdio
 from proctree.policy import KillPolicy, Leftovers, Scope, Stage
+from proctree.records import Cut, Member, Reason, StageSent, Usage
+from proctree.stdio import Stdio
 from proctree.watched import WatchedSubprocess, run
+
+if TYPE_CHECKING:
+    from proctree.outcome import Outcome
+    from proctree.sinks import Capture, Chunks, Lines, Log
 
 __version__ = "0.1.0"
 
@@ -54,3 +61,22 @@ __all__ = [
     "WatchedSubprocess",
     "run",
 ]
+
+# The values that are made with attrs, whose import takes longer than `proctree run` takes without.
+_LAZY = {
+    "Capture": "proctree.sinks",
+    "Chunks": "proctree.sinks",
+    "Lines": "proctree.sinks",
+    "Log": "proctree.sinks",
+    "Outcome": "proctree.outcome",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """PEP 562."""
+    try:
+        module = _LAZY[name]
+    except KeyError:
+        raise AttributeError(f"module 'proctree' has no attribute {name!r}") from None
+    value = globals()[name] = getattr(importlib.import_module(module), name)
+    return value

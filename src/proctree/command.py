@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import attrs
+from typing import Any, NamedTuple
 
 TREE_VARIABLE = "PROCTREE_TREE"
 """Environment variable that names the trees a process is in: the outermost first, slashes between.
@@ -17,8 +15,7 @@ Argv = Sequence[StrPath]
 Target = Argv | Callable[[], object]
 
 
-@attrs.frozen
-class Command:
+class Command(NamedTuple):
     """A target that has been checked.
 
     Attributes:

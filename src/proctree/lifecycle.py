@@ -34,7 +34,7 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from proctree.outcome import Member, Reason
+from proctree.records import Member, Reason
 from proctree.policy import KillPolicy, Leftovers
 
 

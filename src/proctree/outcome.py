@@ -1,4 +1,4 @@
-"""What is known about a tree after its end."""
+"""How a tree ended: the value that the user gets."""
 
 from __future__ import annotations
 
@@ -7,96 +7,7 @@ import signal as _signal
 
 import attrs
 
-from proctree.errors import errno_name
-from proctree.policy import Scope
-
-
-class Reason(enum.StrEnum):
-    """Why a tree ended.
-
-    `EXITED` and `SIGNALED`: the main process ended by itself, or by a signal that was not ours.
-    `TIMEOUT` and `KILLED`: it was ended by the kill policy. `EXEC_FAILED`: it never started.
-    `SUPERVISOR_LOST`: the supervising interpreter was exiting. `WARDEN_LOST`: the warden was killed
-    or answered with garbage, and what was left of the tree was swept.
-    """
-
-    EXITED = "exited"
-    SIGNALED = "signaled"
-    TIMEOUT = "timeout"
-    KILLED = "killed"
-    EXEC_FAILED = "exec-failed"
-    SUPERVISOR_LOST = "supervisor-lost"
-    WARDEN_LOST = "warden-lost"
-
-
-@attrs.frozen
-class Usage:
-    """What the tree used: everything that was waited for by its parents or reaped by the warden.
-
-    Attributes:
-        user, system: CPU seconds of all its processes together.
-        max_rss: bytes; the largest resident set of any single process.
-    """
-
-    user: float = 0.0
-    system: float = 0.0
-    max_rss: int = 0
-
-
-@attrs.frozen
-class Member:
-    """One process of a tree at one moment.
-
-    Attributes:
-        pid, ppid: its number and its parent's.
-        start_time: clock ticks since boot, field 22 of /proc/PID/stat. With the pid it names the
-            process: a reused pid has another start time.
-        state: one letter, field 3 of /proc/PID/stat.
-        name: the command name, at most 15 bytes.
-        error: errno when it may not be signalled, else 0.
-    """
-
-    pid: int
-    ppid: int
-    start_time: int
-    state: str
-    name: str
-    error: int = 0
-
-    @property
-    def why(self) -> str:
-        """Why it could not be ended, for a survivor."""
-        if self.error:
-            return f"may not be signalled ({errno_name(self.error)})"
-        if self.state == "D":
-            return "in uninterruptible sleep (D)"
-        return f"did not end after SIGKILL (state {self.state})"
-
-
-@attrs.frozen
-class StageSent:
-    """One stage of the escalation that was carried out.
-
-    Attributes:
-        signal, scope: what was sent, and to whom.
-        at: seconds after the start of the tree.
-        count: how many processes got it; None when the backend did not say.
-        denied: how many could not be signalled.
-    """
-
-    signal: _signal.Signals
-    scope: Scope
-    at: float
-    count: int | None = None
-    denied: int = 0
-
-
-@attrs.frozen
-class Cut:
-    """What a bounded capture left out: `length` bytes that would stand at `offset`."""
-
-    offset: int
-    length: int
+from proctree.records import Cut, Ending, Member, Reason, StageSent, Usage
 
 
 @attrs.frozen
@@ -137,6 +48,11 @@ class Outcome:
     stderr_cut: Cut | None = None
     callback_errors: int = 0
 
+    @classmethod
+    def of(cls, ending: Ending) -> Outcome:
+        """The outcome of what the machine noted."""
+        return cls(*ending)
+
     @property
     def ok(self) -> bool:
         """The main process exited with status 0, by itself, and nothing survived."""
@@ -158,7 +74,7 @@ class Outcome:
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON: bytes are decoded as UTF-8 with replacement."""
-        return attrs.asdict(self, value_serializer=_plain)
+        return {field.name: _plain(getattr(self, field.name)) for field in attrs.fields(Outcome)}
 
 
 def _status(returncode: int) -> str:
@@ -170,9 +86,15 @@ def _status(returncode: int) -> str:
         return f"signal {-returncode}"
 
 
-def _plain(_instance: object, _field: object, value: object) -> object:
+def _plain(value: object) -> object:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, _signal.Signals):
         return value.name
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", None)
+        plain = [_plain(item) for item in value]
+        return plain if names is None else dict(zip(names, plain, strict=True))
     return value

@@ -1,110 +1,28 @@
-"""Where a stream of a tree goes, and how bytes become lines. No I/O here.
+"""How a stream's bytes are kept, cut into lines and handed to the user's code. No I/O here.
 
-What the user writes (`Capture`, `Lines`, `Chunks`, `Log`) is a plain value; `make_sink` turns it
-into the thing that eats bytes. Whatever the sink, memory is bounded: a capture has a limit, a line
-has a greatest length, and a callback that is slow stops the reading, which fills the pipe and slows
-the writer. Nothing is lost on the way and nothing piles up.
+Whatever the sink, memory is bounded: a capture has a limit, a line has a greatest length, and a
+callback that is slow stops the reading, which fills the pipe and slows the writer. Nothing is lost
+on the way and nothing piles up.
 """
 
 from __future__ import annotations
 
-import enum
 import io
 from collections import deque
 from collections.abc import Callable
-from typing import Any
-
-import attrs
+from typing import TYPE_CHECKING, Any
 
 from proctree import events
-from proctree.outcome import Cut
+from proctree.records import Cut
 from proctree.worker import Worker
+
+if TYPE_CHECKING:
+    from proctree.sinks import Log
 
 DEFAULT_CAPTURE = 64 * 1024 * 1024
 DEFAULT_LINE = 1024 * 1024
 PENDING_MAX = 512 * 1024
 """Bytes that may wait for a callback before reading stops."""
-
-
-class Stdio(enum.Enum):
-    """The simple places for a standard stream.
-
-    `INHERIT`: the supervisor's own. `DEVNULL`: nothing. `CAPTURE`: into the outcome, with the
-    default limit (`Capture()`). `STDOUT`: for stderr, wherever stdout goes.
-    """
-
-    INHERIT = "inherit"
-    DEVNULL = "devnull"
-    CAPTURE = "capture"
-    STDOUT = "stdout"
-
-
-def _positive(_instance: object, attribute: Any, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{attribute.name}: a number of bytes, not {value!r}")
-    if value <= 0:
-        raise ValueError(f"{attribute.name}: must be above 0, not {value}")
-
-
-def _callable(_instance: object, attribute: Any, value: object) -> None:
-    if not callable(value):
-        raise TypeError(f"{attribute.name}: must be callable, not {value!r}")
-
-
-@attrs.frozen
-class Capture:
-    """Keep the stream in the outcome.
-
-    Args:
-        limit: bytes to keep, default 64 MiB. Of a longer stream the first and the last half of
-            that are kept, and `Outcome.stdout_cut` says what is missing between them.
-    """
-
-    limit: int = attrs.field(default=DEFAULT_CAPTURE, validator=_positive)
-
-
-@attrs.frozen
-class Chunks:
-    """Call `callback(data: bytes)` with the stream in pieces, as they come."""
-
-    callback: Callable[[bytes], object] = attrs.field(validator=_callable)
-
-
-@attrs.frozen
-class Lines:
-    """Call `callback(line: str)` with each line, without its newline.
-
-    Args:
-        callback: called on a thread of the tree's own, never on two at once.
-        encoding: default UTF-8. What is not valid becomes U+FFFD; it never raises.
-        max_length: bytes; a longer line comes in pieces of this size. Default 1 MiB.
-    """
-
-    callback: Callable[[str], object] = attrs.field(validator=_callable)
-    encoding: str = "utf-8"
-    max_length: int = attrs.field(default=DEFAULT_LINE, validator=_positive)
-
-    def __attrs_post_init__(self) -> None:
-        # LookupError for an unknown one, now and not in the middle.
-        if "\n".encode(self.encoding) != b"\n":
-            raise ValueError(f"encoding: {self.encoding!r} does not write a newline as one byte")
-
-
-@attrs.frozen
-class Log:
-    """Log one structlog event a line, with `line`, `stream`, `pid` and `tree_id`.
-
-    Args:
-        logger: a structlog logger; default `structlog.get_logger("proctree")`.
-        level: the name of its method. Default `"info"`.
-        event: the event's name. Default `"process.output"`.
-        max_length: as for `Lines`.
-    """
-
-    logger: Any = None
-    level: str = "info"
-    event: str = "process.output"
-    max_length: int = attrs.field(default=DEFAULT_LINE, validator=_positive)
 
 
 class LineCutter:

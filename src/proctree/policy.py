@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import signal as _signal
-
-import attrs
+from typing import Any, NamedTuple
 
 
 class Scope(enum.StrEnum):
@@ -76,8 +75,13 @@ def _grace(value: float) -> float:
     return grace
 
 
-@attrs.frozen
-class Stage:
+class _StageFields(NamedTuple):
+    signal: _signal.Signals
+    grace: float
+    scope: Scope
+
+
+class Stage(_StageFields):
     """One stage of an escalation: a signal, and how long the tree has to end after it.
 
     Args:
@@ -90,9 +94,12 @@ class Stage:
         TypeError: something of another type.
     """
 
-    signal: _signal.Signals = attrs.field(converter=lambda v: to_signal(v, "signal"))
-    grace: float = attrs.field(default=5.0, converter=_grace)
-    scope: Scope = attrs.field(default=Scope.TREE, converter=lambda v: to_scope(v, "scope"))
+    __slots__ = ()
+
+    def __new__(cls, signal: int, grace: float = 5.0, scope: str = Scope.TREE) -> Stage:
+        return super().__new__(
+            cls, to_signal(signal, "signal"), _grace(grace), to_scope(scope, "scope")
+        )
 
     @property
     def ends_everything(self) -> bool:
@@ -116,8 +123,11 @@ def _stages(value: object) -> tuple[Stage, ...]:
     return stages
 
 
-@attrs.frozen
-class KillPolicy:
+class _PolicyFields(NamedTuple):
+    stages: tuple[Stage, ...]
+
+
+class KillPolicy(_PolicyFields):
     """The stages by which a tree is ended, in order.
 
     A stage that is SIGTERM, SIGINT, SIGHUP or another signal that a process may handle is followed
@@ -132,9 +142,10 @@ class KillPolicy:
         TypeError, ValueError: naming the stage.
     """
 
-    stages: tuple[Stage, ...] = attrs.field(
-        default=(Stage(_signal.SIGTERM), _LAST), converter=_stages
-    )
+    __slots__ = ()
+
+    def __new__(cls, stages: Any = (Stage(_signal.SIGTERM), _LAST)) -> KillPolicy:
+        return super().__new__(cls, _stages(stages))
 
     @classmethod
     def after(cls, grace: float) -> KillPolicy:

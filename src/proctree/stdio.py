@@ -6,22 +6,19 @@ with the descriptor lock held, and `attach` puts our ends on the loop.
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from proctree.loop import Loop
-from proctree.outcome import Cut
+from proctree.records import Cut
 from proctree.output import (
+    DEFAULT_CAPTURE,
     CallbackSink,
-    Capture,
     CaptureSink,
-    Chunks,
     LineCutter,
-    Lines,
-    Log,
-    Stdio,
     chunk_delivery,
     line_delivery,
     log_callback,
@@ -33,6 +30,19 @@ if TYPE_CHECKING:
     from proctree.tree import Tree
 
 Captured = tuple[bytes | None, Cut | None]
+
+class Stdio(enum.Enum):
+    """The simple places for a standard stream.
+
+    `INHERIT`: the supervisor's own. `DEVNULL`: nothing. `CAPTURE`: into the outcome, with the
+    default limit (`Capture()`). `STDOUT`: for stderr, wherever stdout goes.
+    """
+
+    INHERIT = "inherit"
+    DEVNULL = "devnull"
+    CAPTURE = "capture"
+    STDOUT = "stdout"
+
 
 # subprocess's constants mean here what they mean there; the module itself is slow to import.
 _PIPE, _STDOUT, _DEVNULL = -1, -2, -3
@@ -81,11 +91,13 @@ def _check_open(fd: int, argument: str) -> None:
 
 def _output(value: Any, argument: str) -> Any:
     value = _common(value, argument)
-    if value is Stdio.CAPTURE:
-        return Capture()
     if value is Stdio.STDOUT and argument != "stderr":
         raise ValueError(f"{argument}: STDOUT is for stderr")
-    if isinstance(value, (Stdio, int, os.PathLike, Capture, Chunks, Lines, Log)):
+    if isinstance(value, (Stdio, int, os.PathLike)):
+        return value
+    from proctree.sinks import Capture, Chunks, Lines, Log
+
+    if isinstance(value, (Capture, Chunks, Lines, Log)):
         return value
     if callable(value):
         raise TypeError(f"{argument}: a callback is given as Lines({value!r}) or Chunks({value!r})")
@@ -101,6 +113,11 @@ def _input(value: Any) -> Any:
     if isinstance(value, (Stdio, int, os.PathLike, bytes)):
         return value
     raise TypeError(f"stdin: cannot read from {value!r}")
+
+
+def _is_piped(value: Any) -> bool:
+    """Whether we read it: everything but what the tree writes to directly."""
+    return value is Stdio.CAPTURE or not isinstance(value, (Stdio, int, os.PathLike))
 
 
 class Streams:
@@ -124,8 +141,7 @@ class Streams:
     @property
     def outputs(self) -> int:
         """How many output streams will report their end."""
-        piped = (Capture, Chunks, Lines, Log)
-        return isinstance(self._stdout, piped) + isinstance(self._stderr, piped)
+        return _is_piped(self._stdout) + _is_piped(self._stderr)
 
     # -- in the starting thread, with the descriptor lock held
 
@@ -204,8 +220,9 @@ class Streams:
 
     def _sink(self, name: str, tree: Tree) -> CaptureSink | CallbackSink:
         wanted = self._stdout if name == "stdout" else self._stderr
-        if isinstance(wanted, Capture):
-            self._captures[name] = CaptureSink(wanted.limit)
+        limit = DEFAULT_CAPTURE if wanted is Stdio.CAPTURE else getattr(wanted, "limit", None)
+        if limit is not None:
+            self._captures[name] = CaptureSink(limit)
             return self._captures[name]
         deliver, finish = self._delivery(name, wanted, tree)
         # The stream is made after its sink, so that the sink looks it up when it needs it.
@@ -214,6 +231,8 @@ class Streams:
     def _delivery(
         self, name: str, wanted: Any, tree: Tree
     ) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+        from proctree.sinks import Chunks, Lines
+
         errors = tree.callback_errors
         if isinstance(wanted, Chunks):
             return chunk_delivery(wanted.callback, name, errors)

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proctree import events
 from proctree.command import Command
@@ -19,12 +19,15 @@ from proctree.errors import ProctreeError
 from proctree.latch import Latch
 from proctree.lifecycle import Action, Event, Lifecycle, State
 from proctree.loop import Loop, Timer
-from proctree.outcome import Outcome, Reason, StageSent, Usage
+from proctree.records import Ending, Reason, StageSent, Usage
 from proctree.output import CallbackErrors
 from proctree.policy import KillPolicy, Leftovers, Stage
 from proctree.process import fds
 from proctree.stdio import Streams
 from proctree.worker import Worker
+
+if TYPE_CHECKING:
+    from proctree.outcome import Outcome
 
 _alive: set[Tree] = set()
 """Trees that have not been closed, for the end of the interpreter."""
@@ -53,7 +56,8 @@ class Tree:
         self.callback_errors = CallbackErrors(tree_id)
         self.started = Latch()
         self.closed = Latch()
-        self.outcome: Outcome | None = None
+        self.ending: Ending | None = None
+        self._outcome: Outcome | None = None
         self.start_error: Exception | None = None
         self._streams = streams
         self._timeout = timeout
@@ -88,6 +92,15 @@ class Tree:
     def launched(self) -> bool:
         """Whether a launch, or a kill before it, has decided about it."""
         return not self._token
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Made when it is first asked for: see records.py."""
+        if self._outcome is None and self.ending is not None:
+            from proctree.outcome import Outcome
+
+            self._outcome = Outcome.of(self.ending)
+        return self._outcome
 
     def launch(self, loop: Loop) -> None:
         """Makes the processes and hands the tree to the loop. The caller has taken the token.
@@ -271,11 +284,10 @@ class Tree:
             self.contained.close()
 
     def _publish(self, _nothing: None) -> None:
-        outcome = self._make_outcome()
-        self.outcome = outcome
+        ending = self.ending = self._make_ending()
         _alive.discard(self)
-        if outcome.survivors:
-            for member in outcome.survivors:
+        if ending.survivors:
+            for member in ending.survivors:
                 events.warning(
                     "tree.survivor",
                     tree_id=self.tree_id,
@@ -286,9 +298,9 @@ class Tree:
         events.debug(
             "tree.ended",
             tree_id=self.tree_id,
-            reason=str(outcome.reason),
-            returncode=outcome.returncode,
-            duration=outcome.duration,
+            reason=str(ending.reason),
+            returncode=ending.returncode,
+            duration=ending.duration,
         )
         self.started.set()
         self.closed.set()
@@ -306,7 +318,7 @@ class Tree:
         Action.PUBLISH: _publish,
     }
 
-    def _make_outcome(self) -> Outcome:
+    def _make_ending(self) -> Ending:
         life = self.life
         ended = self._ended if self._ended is not None else time.monotonic()
         returncode = None if life.status is None else os.waitstatus_to_exitcode(life.status)
@@ -316,7 +328,7 @@ class Tree:
             reason = Reason.SIGNALED if signaled else Reason.EXITED
         stdout, stderr = self._streams.captured()
         usage = self.contained.usage
-        return Outcome(
+        return Ending(
             returncode=returncode,
             reason=reason,
             detail=life.detail,

@@ -16,7 +16,6 @@ from proctree import tree as _tree
 from proctree.command import StrPath, Target
 from proctree.errors import ProctreeError, TreeFailed
 from proctree.lifecycle import State
-from proctree.outcome import Outcome, Reason
 from proctree.policy import (
     KillPolicy,
     Stage,
@@ -26,9 +25,11 @@ from proctree.policy import (
     to_seconds,
     to_signal,
 )
+from proctree.records import Reason
 from proctree.stdio import Streams
 
 if TYPE_CHECKING:
+    from proctree.outcome import Outcome
     from proctree.process.snapshot import ProcessInfo
 
 DEFAULT_POLICY = KillPolicy()

@@ -6,13 +6,16 @@ import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from proctree.containment import NAMES
 from proctree.errors import ProctreeError
-from proctree.outcome import Outcome, Reason
 from proctree.policy import KillPolicy, Leftovers
+from proctree.records import Ending, Reason
 from proctree.watched import WatchedSubprocess
+
+if TYPE_CHECKING:
+    from proctree.outcome import Outcome
 
 EXIT_TIMEOUT = 124
 EXIT_OURS = 125
@@ -67,15 +70,15 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:at]), list(arguments[at + 1 :])
 
 
-def exit_status(outcome: Outcome) -> int:
+def exit_status(ending: Ending) -> int:
     """As timeout(1) has it."""
-    if outcome.reason is Reason.TIMEOUT:
+    if ending.reason is Reason.TIMEOUT:
         return EXIT_TIMEOUT
-    if outcome.reason is Reason.WARDEN_LOST or outcome.returncode is None:
+    if ending.reason is Reason.WARDEN_LOST or ending.returncode is None:
         return EXIT_OURS
-    if outcome.returncode < 0:
-        return 128 - outcome.returncode
-    return outcome.returncode
+    if ending.returncode < 0:
+        return 128 - ending.returncode
+    return ending.returncode
 
 
 def _write_json(path: str, outcome: Outcome) -> None:
@@ -90,7 +93,7 @@ def _complain(text: str) -> None:
     print(f"proctree run: {text}", file=sys.stderr)
 
 
-def _supervise(handle: WatchedSubprocess) -> Outcome | None:
+def _supervise(handle: WatchedSubprocess) -> Ending:
     def end(signo: int, _frame: object) -> None:
         name = signal.Signals(signo).name
         handle.kill(reason=f"proctree got {name}")
@@ -100,7 +103,12 @@ def _supervise(handle: WatchedSubprocess) -> Outcome | None:
         if signal.getsignal(signo) is not signal.SIG_IGN:
             signal.signal(signo, end)
     handle.launch()
-    return handle.wait()
+    # Not `wait`: its Outcome is not needed unless somebody wants the JSON, and importing what it is
+    # made of would take longer than everything else here.
+    tree = handle._tree
+    tree.closed.wait()
+    assert tree.ending is not None
+    return tree.ending
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -125,10 +133,9 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_OURS
     status = EXIT_OURS
     try:
-        outcome = _supervise(handle)
-        assert outcome is not None
-        status = exit_status(outcome)
-        for member in outcome.survivors:
+        ending = _supervise(handle)
+        status = exit_status(ending)
+        for member in ending.survivors:
             _complain(f"pid {member.pid} ({member.name}) {member.why}")
     except FileNotFoundError as error:
         _complain(f"{error.filename}: not found")
@@ -137,7 +144,8 @@ def main(arguments: Sequence[str]) -> int:
         _complain(f"{error.filename}: {error.strerror}")
         status = EXIT_NOT_EXECUTABLE
     except ProctreeError as error:
-        if handle.outcome is None or handle.outcome.reason is not Reason.KILLED:
+        ended = handle._tree.ending
+        if ended is None or ended.reason is not Reason.KILLED:
             _complain(str(error))
     if options.json and handle.outcome is not None:
         try:

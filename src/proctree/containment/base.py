@@ -9,9 +9,11 @@ from typing import Any, Protocol
 from proctree.command import Command
 from proctree.lifecycle import Event
 from proctree.loop import Loop
-from proctree.outcome import Usage
+from proctree.records import Usage
 from proctree.policy import KillPolicy, Stage
-from proctree.process.child import Stdio
+
+Descriptors = tuple[int | None, int | None, int | None]
+"""What the child's 0, 1 and 2 are to be; None keeps what is there."""
 
 MEMBERS_REPORTED = 1024
 """How many leftovers or survivors are kept: a tree must not bloat its supervisor."""
@@ -52,7 +54,7 @@ class Contained(abc.ABC):
 
     @abc.abstractmethod
     def spawn(
-        self, command: Command, stdio: Stdio, policy: KillPolicy, close_child_ends: Callable[[], None]
+        self, command: Command, stdio: Descriptors, policy: KillPolicy, close_child_ends: Callable[[], None]
     ) -> None:
         """Makes the processes; from the caller's thread, with the descriptor lock held.
 

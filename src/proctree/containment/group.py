@@ -20,14 +20,13 @@ from collections.abc import Callable
 
 from proctree import events
 from proctree.command import Command
-from proctree.containment.base import MEMBERS_REPORTED, Contained, Owner
+from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner
 from proctree.errors import errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
-from proctree.outcome import Member, Usage
+from proctree.records import Member, Usage
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import child, fds, prctl, proof
-from proctree.process.child import Stdio
 from proctree.process.proof import Stat
 from proctree.process.sweep import Search, find
 from proctree.protocol import STEPS
@@ -59,7 +58,7 @@ class GroupContained(Contained):
         self._loop: Loop
         self._owner: Owner
         self._command: Command
-        self._stdio: Stdio = (None, None, None)
+        self._stdio: Descriptors = (None, None, None)
         self._close_child_ends: Callable[[], None] = lambda: None
         self._prctl: prctl.Prctl
         self._report = -1
@@ -83,7 +82,7 @@ class GroupContained(Contained):
     def spawn(
         self,
         command: Command,
-        stdio: Stdio,
+        stdio: Descriptors,
         policy: KillPolicy,
         close_child_ends: Callable[[], None],
     ) -> None:

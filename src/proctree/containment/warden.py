@@ -15,14 +15,13 @@ from typing import NoReturn
 
 from proctree import events, protocol
 from proctree.command import Command
-from proctree.containment.base import MEMBERS_REPORTED, Contained, Owner
+from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner
 from proctree.errors import ContainmentUnavailable, errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
-from proctree.outcome import Member, Reason, Usage
+from proctree.records import Member, Reason, Usage
 from proctree.policy import KillPolicy, Stage
 from proctree.process import fds
-from proctree.process.child import Stdio
 from proctree.protocol import Message, ProtocolError, RawMember, Type
 
 WARDEN_VARIABLE = "PROCTREE_WARDEN"
@@ -91,7 +90,7 @@ class WardenContained(Contained):
     def spawn(
         self,
         command: Command,
-        stdio: Stdio,
+        stdio: Descriptors,
         policy: KillPolicy,
         close_child_ends: Callable[[], None],
     ) -> None:
@@ -128,7 +127,7 @@ class WardenContained(Contained):
             arguments.append(b"pass=" + b",".join(b"%d" % fd for fd in command.pass_fds))
         return arguments
 
-    def _spawn_command(self, command: Command, stdio: Stdio, control: int) -> int:
+    def _spawn_command(self, command: Command, stdio: Descriptors, control: int) -> int:
         arguments = self._arguments(command, control)
         if command.cwd is not None:
             arguments.append(b"cwd=" + command.cwd)
@@ -147,7 +146,7 @@ class WardenContained(Contained):
             file_actions=actions,
         )
 
-    def _fork_callable(self, command: Command, stdio: Stdio, control: int) -> int:
+    def _fork_callable(self, command: Command, stdio: Descriptors, control: int) -> int:
         """We fork once; that child forks the callable and becomes its warden by exec."""
         from proctree.process import prctl
 
@@ -398,7 +397,7 @@ def _become_warden(
     path: str,
     arguments: list[bytes],
     command: Command,
-    stdio: Stdio,
+    stdio: Descriptors,
     control: int,
     calls: object,
 ) -> NoReturn:

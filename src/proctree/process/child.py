@@ -19,8 +19,8 @@ from proctree.command import Command
 from proctree.process.prctl import Prctl
 from proctree.protocol import STEPS
 
-Stdio = tuple[int | None, int | None, int | None]
-"""Descriptors for 0, 1 and 2; None keeps what is there."""
+Descriptors = tuple[int | None, int | None, int | None]
+"""What 0, 1 and 2 are to be; None keeps what is there."""
 
 
 class StepFailed(Exception):
@@ -63,7 +63,7 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def place_stdio(stdio: Stdio) -> None:
+def place_stdio(stdio: Descriptors) -> None:
     with _step("stdio"):
         for target, fd in enumerate(stdio):
             if fd == target:
@@ -150,7 +150,7 @@ def step_number(name: str) -> int:
 
 
 def run_forked(
-    command: Command, stdio: Stdio, prctl: Prctl, parent: int, report: int, unwanted: tuple[int, ...]
+    command: Command, stdio: Descriptors, prctl: Prctl, parent: int, report: int, unwanted: tuple[int, ...]
 ) -> NoReturn:
     """The forked child that is to be the main process, for a command or a callable.
 

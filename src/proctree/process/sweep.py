@@ -16,11 +16,10 @@ import select
 import signal
 import time
 from collections.abc import Iterator
-
-import attrs
+from typing import NamedTuple
 
 from proctree.command import TREE_VARIABLE
-from proctree.outcome import Member
+from proctree.records import Member
 from proctree.process import proof
 from proctree.process.proof import Stat
 
@@ -28,8 +27,7 @@ SWEEP_SECONDS = 5.0
 _VARIABLE = TREE_VARIABLE.encode()
 
 
-@attrs.frozen
-class Search:
+class Search(NamedTuple):
     """Whom to look for.
 
     Attributes:
