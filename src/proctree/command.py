@@ -62,8 +62,8 @@ def _argv(target: Any) -> tuple[bytes, ...]:
 
 
 def _our_environment() -> dict[bytes, bytes]:
-    # CPython keeps the encoded form; going through the mapping's methods instead decodes and encodes
-    # every entry, and takes a tenth of the time that starting a process takes.
+    # CPython keeps the encoded form. Going through the mapping's methods decodes and encodes every
+    # entry, and takes a tenth of the time that starting a process takes.
     data = getattr(os.environb, "_data", None)
     return dict(data) if isinstance(data, dict) else dict(os.environb)
 
@@ -113,16 +113,14 @@ def _pass_fds(fds: Any) -> tuple[int, ...]:
     return tuple(sorted(set(result)))
 
 
-def check(
-    target: Any, *, cwd: Any, env: Any, name: Any, pass_fds: Any, tree_id: str
-) -> Command:
+def check(target: Any, *, cwd: Any, env: Any, name: Any, pass_fds: Any, tree_id: str) -> Command:
     """Checks what the user gave and completes it.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     function = target if callable(target) else None
-    argv = () if function else _argv(target)
+    argv: tuple[bytes, ...] = () if function else _argv(target)
     environment = _environment(env)
     # From ours and not from `env`: a nested tree is below this one whatever its environment says.
     outer = os.environb.get(TREE_VARIABLE.encode())

@@ -34,8 +34,8 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from proctree.records import Member, Reason
 from proctree.policy import KillPolicy, Leftovers
+from proctree.records import Member, Reason
 
 
 class State(enum.Enum):
@@ -168,7 +168,8 @@ class Lifecycle:
 
     def handle(self, event: Event, **payload: Any) -> list[tuple[Action, Any]]:
         """Applies one event and answers what has to be done now, in this order."""
-        self._actions = actions = []
+        actions: list[tuple[Action, Any]] = []
+        self._actions = actions
         rule = TABLE.get((self.state, event))
         if rule is not None:
             self.state = rule(self, **payload)
@@ -285,7 +286,11 @@ def _kill_stopping(
     SIGKILL off for ever."""
     was_leftover = not life.stopping_kill
     life.stopping_kill = True
-    if policy is not None and life.phase is Phase.STAGES and (was_leftover or policy.duration < life._remaining()):
+    if (
+        policy is not None
+        and life.phase is Phase.STAGES
+        and (was_leftover or policy.duration < life._remaining())
+    ):
         life.policy = policy
         return life._stop()
     return State.STOPPING

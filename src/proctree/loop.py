@@ -10,6 +10,7 @@ Nothing here polls: epoll_wait(2) sleeps until a descriptor or a timer is due.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import os
@@ -70,10 +71,9 @@ class Loop:
     def post(self, job: Callable[[], None]) -> None:
         """Runs `job` on the loop soon. Never blocks, takes no lock."""
         self._inbox.append(job)
-        try:
+        # BlockingIOError: the counter is full, so the loop is about to wake up anyway.
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._wake, 1)
-        except BlockingIOError:
-            pass  # The counter is full, so the loop is about to wake up anyway.
 
     def is_current_thread(self) -> bool:
         return threading.get_ident() == self._thread.ident
@@ -122,10 +122,8 @@ class Loop:
             self._run_timers()
 
     def _drain_wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
 
     def _run_inbox(self) -> None:
         while True:

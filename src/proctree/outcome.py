@@ -9,6 +9,8 @@ import attrs
 
 from proctree.records import Cut, Ending, Member, Reason, StageSent, Usage
 
+NOTHING_USED = Usage()
+
 
 @attrs.frozen
 class Outcome:
@@ -37,7 +39,7 @@ class Outcome:
     stages: tuple[StageSent, ...] = ()
     leftovers: tuple[Member, ...] = ()
     survivors: tuple[Member, ...] = ()
-    usage: Usage = Usage()
+    usage: Usage = NOTHING_USED
     duration: float = 0.0
     containment: str = ""
     tree_id: str = ""

@@ -106,7 +106,9 @@ class Stage(_StageFields):
         return self.signal == _signal.SIGKILL and self.scope is Scope.TREE
 
 
+_FIRST = Stage(_signal.SIGTERM)
 _LAST = Stage(_signal.SIGKILL)
+_DEFAULT = (_FIRST, _LAST)
 
 
 def _stages(value: object) -> tuple[Stage, ...]:
@@ -144,7 +146,7 @@ class KillPolicy(_PolicyFields):
 
     __slots__ = ()
 
-    def __new__(cls, stages: Any = (Stage(_signal.SIGTERM), _LAST)) -> KillPolicy:
+    def __new__(cls, stages: Any = _DEFAULT) -> KillPolicy:
         return super().__new__(cls, _stages(stages))
 
     @classmethod

@@ -80,14 +80,14 @@ class StageSent(NamedTuple):
     Attributes:
         signal, scope: what was sent, and to whom.
         at: seconds after the start of the tree.
-        count: how many processes got it; None when the backend did not say.
+        reached: how many processes got it; None when the backend did not say.
         denied: how many could not be signalled.
     """
 
     signal: _signal.Signals
     scope: Scope
     at: float
-    count: int | None = None
+    reached: int | None = None
     denied: int = 0
 
 

@@ -17,7 +17,7 @@ def _positive(_instance: object, attribute: Any, value: object) -> None:
         raise ValueError(f"{attribute.name}: must be above 0, not {value}")
 
 
-def _callable(_instance: object, attribute: Any, value: object) -> None:
+def _callable(_instance: object, attribute: Any, value: Any) -> None:
     if not callable(value):
         raise TypeError(f"{attribute.name}: must be callable, not {value!r}")
 

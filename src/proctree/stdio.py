@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from proctree.loop import Loop
-from proctree.records import Cut
 from proctree.output import (
     DEFAULT_CAPTURE,
     CallbackSink,
@@ -24,12 +23,14 @@ from proctree.output import (
     log_callback,
 )
 from proctree.process import fds
+from proctree.records import Cut
 from proctree.streams import InputStream, OutputStream, widen
 
 if TYPE_CHECKING:
     from proctree.tree import Tree
 
 Captured = tuple[bytes | None, Cut | None]
+
 
 class Stdio(enum.Enum):
     """The simple places for a standard stream.
@@ -70,9 +71,10 @@ def _common(value: Any, argument: str) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return value
-    if hasattr(value, "fileno"):
+    fileno = getattr(value, "fileno", None)
+    if fileno is not None:
         try:
-            number = value.fileno()
+            number = fileno()
         except (OSError, io.UnsupportedOperation) as error:
             raise ValueError(f"{argument}: {value!r} has no descriptor: {error}") from None
         _check_open(number, argument)

@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -30,10 +31,8 @@ fcntl(2): an unprivileged user gets what /proc/sys/fs/pipe-user-pages-soft leave
 
 def widen(fd: int) -> None:
     """Makes a pipe hold more, where the kernel lets us."""
-    try:
+    with contextlib.suppress(OSError):  # EPERM: it works with its present size, only slower
         fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
-    except OSError:
-        pass  # EPERM or EBUSY: it works with its present size, only slower.
 
 
 class OutputStream:
@@ -160,7 +159,7 @@ class InputStream:
     def _writable(self, _mask: int) -> None:
         try:
             while self._left:
-                written = os.write(self._fd, self._left[: CALLBACK_CHUNK])
+                written = os.write(self._fd, self._left[:CALLBACK_CHUNK])
                 self._left = self._left[written:]
         except BlockingIOError:
             return

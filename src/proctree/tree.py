@@ -10,7 +10,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from proctree import events
 from proctree.command import Command
@@ -19,10 +20,10 @@ from proctree.errors import ProctreeError
 from proctree.latch import Latch
 from proctree.lifecycle import Action, Event, Lifecycle, State
 from proctree.loop import Loop, Timer
-from proctree.records import Ending, Reason, StageSent, Usage
 from proctree.output import CallbackErrors
 from proctree.policy import KillPolicy, Leftovers, Stage
 from proctree.process import fds
+from proctree.records import Ending, Reason, StageSent, Usage
 from proctree.stdio import Streams
 from proctree.worker import Worker
 
@@ -118,7 +119,7 @@ class Tree:
                 )
         except BaseException as error:
             self._streams.close_child_ends()
-            loop.post(lambda: self._never_made(error))
+            loop.post(partial(self._never_made, str(error)))
             raise
         _alive.add(self)
         # From here on the loop may act on the tree: everything else has to be in place. Waking the
@@ -145,9 +146,9 @@ class Tree:
 
     # -- on the loop: beginning
 
-    def _never_made(self, error: BaseException) -> None:
+    def _never_made(self, detail: str) -> None:
         self._streams.attach(self._loop, self)
-        self.happened(Event.START_FAILED, detail=str(error))
+        self.happened(Event.START_FAILED, detail=detail)
 
     def _begin(self) -> None:
         self._streams.start()
@@ -305,7 +306,7 @@ class Tree:
         self.started.set()
         self.closed.set()
 
-    _PERFORM: dict[Action, Callable[[Tree, Any], None]] = {
+    _PERFORM: ClassVar[dict[Action, Callable[[Tree, Any], None]]] = {
         Action.SIGNAL: _perform_signal,
         Action.ARM_STAGE: _arm_stage,
         Action.DISARM_STAGE: _disarm_stage,
@@ -373,5 +374,3 @@ def require_owner(tree: Tree) -> None:
             f"tree {tree.tree_id} belongs to process {tree.owner_pid}; this is process "
             f"{os.getpid()}, a fork of it, and cannot wait for it or end it"
         )
-
-

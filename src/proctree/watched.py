@@ -199,7 +199,9 @@ class WatchedSubprocess:
                 "kill() may be called there"
             )
         elif self._tree.life.state is State.NEW and not self._tree.launched:
-            raise RuntimeError(f"tree {self.tree_id} was not launched: there is nothing to wait for")
+            raise RuntimeError(
+                f"tree {self.tree_id} was not launched: there is nothing to wait for"
+            )
         self._tree.closed.wait(timeout)
         return self._tree.outcome
 
@@ -283,12 +285,11 @@ class WatchedSubprocess:
             self._wait_out()
 
     def __repr__(self) -> str:
-        return f"<WatchedSubprocess {self.name!r} tree {self.tree_id} pid {self.pid} {self.state.value}>"
+        known = f"{self.name!r} tree {self.tree_id} pid {self.pid}"
+        return f"<WatchedSubprocess {known} {self.state.value}>"
 
 
-def run(
-    argv: Target, *, check: bool = False, **options: Any
-) -> Outcome:
+def run(argv: Target, *, check: bool = False, **options: Any) -> Outcome:
     """Runs a command, or a callable, and returns when its whole tree has ended.
 
     Takes what `WatchedSubprocess` takes. An exception that comes while it waits (KeyboardInterrupt,

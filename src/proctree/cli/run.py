@@ -39,7 +39,7 @@ def _parser() -> ArgumentParser:
         usage="proctree run [OPTIONS] -- COMMAND [ARGUMENT...]",
         description="Runs a command and ends its whole process tree with it.",
         epilog="Exit status: the command's own; 128+N if signal N ended it; 124 after a time-out; "
-        "125 if proctree failed; 126 if the command could not be executed; 127 if it was not found.",
+        "125 if proctree failed; 126 if the command cannot be executed; 127 if it is not found.",
     )
     parser.add_argument("--timeout", type=float, metavar="S", help="end the tree after S seconds")
     parser.add_argument(
@@ -49,7 +49,9 @@ def _parser() -> ArgumentParser:
         metavar="S",
         help="seconds between SIGTERM and SIGKILL (default: 5)",
     )
-    parser.add_argument("--containment", default="auto", metavar="NAME", help="auto, " + ", ".join(NAMES))
+    parser.add_argument(
+        "--containment", default="auto", metavar="NAME", help="auto, " + ", ".join(NAMES)
+    )
     parser.add_argument(
         "--leftovers",
         default="kill",

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from proctree.command import Command
 from proctree.lifecycle import Event
 from proctree.loop import Loop
-from proctree.records import Usage
 from proctree.policy import KillPolicy, Stage
+from proctree.records import Usage
 
 Descriptors = tuple[int | None, int | None, int | None]
 """What the child's 0, 1 and 2 are to be; None keeps what is there."""
@@ -42,7 +42,8 @@ class Contained(abc.ABC):
     needs_loop_thread = False
     """Whether `attach` has to run on the loop's thread, or may on the launching one."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree_id: str) -> None:
+        self.tree_id = tree_id
         self.pid: int | None = None
         self.usage = Usage()
         self.exit_usage = Usage()
@@ -54,7 +55,11 @@ class Contained(abc.ABC):
 
     @abc.abstractmethod
     def spawn(
-        self, command: Command, stdio: Descriptors, policy: KillPolicy, close_child_ends: Callable[[], None]
+        self,
+        command: Command,
+        stdio: Descriptors,
+        policy: KillPolicy,
+        close_child_ends: Callable[[], None],
     ) -> None:
         """Makes the processes; from the caller's thread, with the descriptor lock held.
 

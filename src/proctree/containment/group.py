@@ -17,6 +17,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable
+from functools import partial
 
 from proctree import events
 from proctree.command import Command
@@ -24,12 +25,12 @@ from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, 
 from proctree.errors import errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
-from proctree.records import Member, Usage
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import child, fds, prctl, proof
 from proctree.process.proof import Stat
 from proctree.process.sweep import Search, find
 from proctree.protocol import STEPS
+from proctree.records import Member, Usage
 
 # ioctl_pidfd(2): the exit status of a process that somebody else has reaped, since Linux 6.15.
 PIDFD_GET_INFO = 0xC0000000 | (64 << 16) | (0xFF << 8) | 11
@@ -53,8 +54,7 @@ class GroupContained(Contained):
     needs_loop_thread = True
 
     def __init__(self, tree_id: str) -> None:
-        super().__init__()
-        self._tree_id = tree_id
+        super().__init__(tree_id)
         self._loop: Loop
         self._owner: Owner
         self._command: Command
@@ -160,7 +160,7 @@ class GroupContained(Contained):
             self._reaped = True
             status = status_from_pidfd(self._main_pidfd)
             if status is None:
-                events.warning("status.stolen", tree_id=self._tree_id, pid=self.pid)
+                events.warning("status.stolen", tree_id=self.tree_id, pid=self.pid)
             return status
         if info is None:
             return None
@@ -180,7 +180,7 @@ class GroupContained(Contained):
 
     def _search(self) -> Search:
         main = None if self._reaped else self.pid
-        return Search(self.pid, self._main_pidfd, main, self._main_start, self._tree_id)
+        return Search(self.pid, self._main_pidfd, main, self._main_start, self.tree_id)
 
     def _find(self) -> list[tuple[int, Stat]]:
         """Everything that bears a mark of the tree, the main process left out."""
@@ -194,9 +194,9 @@ class GroupContained(Contained):
                 os.close(pidfd)
                 continue
             self._watched[fds.own(pidfd)] = (pidfd, stat)
-            self._loop.register(pidfd, READ, lambda _mask, fd=pidfd: self._member_ended(fd))
+            self._loop.register(pidfd, READ, partial(self._member_ended, pidfd))
 
-    def _member_ended(self, pidfd: int) -> None:
+    def _member_ended(self, pidfd: int, _mask: int) -> None:
         self._forget(pidfd)
         self._look_for_empty()
 
@@ -243,7 +243,10 @@ class GroupContained(Contained):
             return False
         except PermissionError as error:
             events.warning(
-                "signal.denied", tree_id=self._tree_id, pid=-self.pid, errno=errno_name(error.errno)
+                "signal.denied",
+                tree_id=self.tree_id,
+                pid=-self.pid,
+                errno=errno_name(error.errno or 0),
             )
         return True
 

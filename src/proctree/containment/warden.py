@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from proctree import events, protocol
 from proctree.command import Command
@@ -19,10 +19,13 @@ from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, 
 from proctree.errors import ContainmentUnavailable, errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
-from proctree.records import Member, Reason, Usage
 from proctree.policy import KillPolicy, Stage
 from proctree.process import fds
 from proctree.protocol import Message, ProtocolError, RawMember, Type
+from proctree.records import Member, Reason, Usage
+
+if TYPE_CHECKING:
+    from proctree.process.prctl import Prctl
 
 WARDEN_VARIABLE = "PROCTREE_WARDEN"
 """Environment variable: another warden binary, for packagers and for sanitizer builds."""
@@ -50,8 +53,7 @@ class WardenContained(Contained):
     name = "warden"
 
     def __init__(self, tree_id: str) -> None:
-        super().__init__()
-        self._tree_id = tree_id
+        super().__init__(tree_id)
         self._warden = -1
         self._pidfd = -1
         self._control: socket.socket | None = None
@@ -132,9 +134,7 @@ class WardenContained(Contained):
         if command.cwd is not None:
             arguments.append(b"cwd=" + command.cwd)
         actions = [
-            (os.POSIX_SPAWN_DUP2, fd, target)
-            for target, fd in enumerate(stdio)
-            if fd is not None
+            (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(stdio) if fd is not None
         ]
         actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (control, *command.pass_fds)]
         # posix_spawn(3) uses CLONE_VFORK: its cost does not grow with our memory, and no Python
@@ -233,9 +233,7 @@ class WardenContained(Contained):
 
     def _take_denied(self, message: Message) -> None:
         pid, number = message.values
-        events.warning(
-            "signal.denied", tree_id=self._tree_id, pid=pid, errno=errno_name(number)
-        )
+        events.warning("signal.denied", tree_id=self.tree_id, pid=pid, errno=errno_name(number))
 
     def _take_asked(self, message: Message) -> None:
         signo, pid, uid = message.values
@@ -253,11 +251,11 @@ class WardenContained(Contained):
         name = protocol.STEPS.get(step, f"step {step}")
         text = f"the warden failed at step {name!r}: {errno_name(number)}"
         if self._started:
-            events.error("warden.fault", tree_id=self._tree_id, step=name, errno=errno_name(number))
+            events.error("warden.fault", tree_id=self.tree_id, step=name, errno=errno_name(number))
         else:
             self._fail(ContainmentUnavailable(text), text)
 
-    _TAKE: dict[Type, Callable[[WardenContained, Message], None]] = {
+    _TAKE: ClassVar[dict[Type, Callable[[WardenContained, Message], None]]] = {
         Type.STARTED: _take_started,
         Type.EXEC_FAILED: _take_exec_failed,
         Type.EXITED: _take_exited,
@@ -334,7 +332,7 @@ class WardenContained(Contained):
             # Full for a warden that does not read, or closed by one that is gone: the timers of the
             # lifecycle, or the end of file, take it from here.
             events.warning(
-                "warden.unreachable", tree_id=self._tree_id, errno=errno_name(error.errno or 0)
+                "warden.unreachable", tree_id=self.tree_id, errno=errno_name(error.errno or 0)
             )
 
     def _next_serial(self) -> int:
@@ -370,7 +368,7 @@ class WardenContained(Contained):
             root_pidfd=self._pidfd,
             main=None if self._main_exited else self.pid,
             main_start=self._main_start,
-            tree_id=self._tree_id,
+            tree_id=self.tree_id,
         )
 
         def work() -> None:
@@ -390,7 +388,10 @@ class WardenContained(Contained):
         # The warden may still be busy: with survivors, or with exiting. It is reaped when it ends.
         if not self._reap():
             self._loop.unregister(self._pidfd)
-            self._loop.register(self._pidfd, READ, lambda _mask: self._reap() and None)
+            self._loop.register(self._pidfd, READ, self._ended_late)
+
+    def _ended_late(self, _mask: int) -> None:
+        self._reap()
 
 
 def _become_warden(
@@ -399,7 +400,7 @@ def _become_warden(
     command: Command,
     stdio: Descriptors,
     control: int,
-    calls: object,
+    calls: Prctl,
 ) -> NoReturn:
     """In the forked child: forks the callable, then execs the warden over this process.
 
@@ -410,7 +411,7 @@ def _become_warden(
 
     try:
         os.setsid()
-        calls.set_child_subreaper(True)  # type: ignore[attr-defined]
+        calls.set_child_subreaper(True)
         reader, writer = os.pipe()
         warden = os.getpid()
         pid = os.fork()

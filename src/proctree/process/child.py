@@ -67,7 +67,7 @@ def place_stdio(stdio: Descriptors) -> None:
     with _step("stdio"):
         for target, fd in enumerate(stdio):
             if fd == target:
-                os.set_inheritable(fd, True)
+                os.set_inheritable(target, True)
             elif fd is not None:
                 os.dup2(fd, target)
 
@@ -150,7 +150,12 @@ def step_number(name: str) -> int:
 
 
 def run_forked(
-    command: Command, stdio: Descriptors, prctl: Prctl, parent: int, report: int, unwanted: tuple[int, ...]
+    command: Command,
+    stdio: Descriptors,
+    prctl: Prctl,
+    parent: int,
+    report: int,
+    unwanted: tuple[int, ...],
 ) -> NoReturn:
     """The forked child that is to be the main process, for a command or a callable.
 

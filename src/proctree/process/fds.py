@@ -23,7 +23,7 @@ _lock = threading.RLock()
 _after_fork: list[Callable[[], None]] = []
 
 
-def making() -> threading.RLock:  # type: ignore[valid-type]
+def making() -> contextlib.AbstractContextManager[object]:
     """The lock to hold while descriptors are made, handed to children, and owned."""
     return _lock
 

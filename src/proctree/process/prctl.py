@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 PR_SET_PDEATHSIG = 1
 PR_GET_PDEATHSIG = 2
@@ -24,12 +24,14 @@ class Prctl(Protocol):
 
     def get_pdeathsig(self) -> int:
         """PR_GET_PDEATHSIG."""
+        ...
 
     def set_child_subreaper(self, on: bool) -> None:
         """PR_SET_CHILD_SUBREAPER: orphaned descendants become our children."""
 
     def get_child_subreaper(self) -> bool:
         """PR_GET_CHILD_SUBREAPER."""
+        ...
 
 
 class LibcPrctl:
@@ -68,7 +70,7 @@ class PackagePrctl:
     def __init__(self) -> None:
         import prctl
 
-        self._module = prctl
+        self._module: Any = prctl
 
     def set_pdeathsig(self, signo: int) -> None:
         self._module.set_pdeathsig(signo)

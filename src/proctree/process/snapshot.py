@@ -8,8 +8,6 @@ from __future__ import annotations
 import attrs
 import psutil
 
-from proctree.process.sweep import Search, find
-
 
 @attrs.frozen
 class ProcessInfo:

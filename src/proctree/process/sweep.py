@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from proctree.command import TREE_VARIABLE
-from proctree.records import Member
 from proctree.process import proof
 from proctree.process.proof import Stat
+from proctree.records import Member
 
 SWEEP_SECONDS = 5.0
 _VARIABLE = TREE_VARIABLE.encode()
