@@ -126,10 +126,10 @@ def check(target: Any, *, cwd: Any, env: Any, name: Any, pass_fds: Any, tree_id:
     outer = os.environb.get(TREE_VARIABLE.encode())
     inner = tree_id.encode()
     environment[TREE_VARIABLE.encode()] = outer + b"/" + inner if outer else inner
-    if function:
-        default = getattr(function, "__qualname__", type(function).__name__)
-    else:
+    if argv:
         default = os.path.basename(os.fsdecode(argv[0]))
+    else:
+        default = getattr(function, "__qualname__", type(function).__name__)
     return Command(
         argv=argv,
         function=function,

@@ -1,0 +1,242 @@
+/* Processes that misbehave on purpose, each in one small mode.  Built once for the tests.
+ *
+ * A mode that takes `say` writes one line to standard output when it is what it is to be. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void say(const char *text)
+{
+    if (write(1, text, strlen(text)) < 0)
+        _exit(9);
+}
+
+static void close_all(void)
+{
+    for (int fd = 0; fd < 256; fd++)
+        close(fd);
+}
+
+/* `count` children, each in a session of its own, then waits for ever. */
+static void sessions(int count)
+{
+    int ready[2];
+    if (pipe(ready) < 0)
+        _exit(8);
+    for (int i = 0; i < count; i++) {
+        if (fork() == 0) {
+            setsid();
+            close(ready[1]);
+            for (;;)
+                pause();
+        }
+    }
+    close(ready[1]);
+    char byte;
+    while (read(ready[0], &byte, 1) > 0) /* ends when every child has its own session */
+        continue;
+    say("ready\n");
+    for (;;)
+        pause();
+}
+
+/* Daemonises: session, second fork, no descriptors.  Prints the daemon's pid first. */
+static void daemonise(void)
+{
+    int report[2];
+    char text[32];
+    if (pipe(report) < 0)
+        _exit(8);
+    if (fork() == 0) {
+        setsid();
+        pid_t pid = fork();
+        if (pid == 0) {
+            signal(SIGTERM, SIG_IGN);
+            signal(SIGHUP, SIG_IGN);
+            close_all();
+            for (;;)
+                pause();
+        }
+        dprintf(report[1], "%d\n", (int)pid);
+        _exit(0);
+    }
+    close(report[1]);
+    ssize_t got = read(report[0], text, sizeof text - 1);
+    wait(NULL);
+    if (got > 0) {
+        text[got] = 0;
+        say(text);
+    }
+}
+
+/* Forks as fast as it can while there are fewer than `limit` of its kind (RLIMIT_NPROC is set by
+ * the test, so that fork fails with EAGAIN and the bomb goes on trying). */
+static void bomb(void)
+{
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGCHLD, SIG_IGN);
+    for (;;)
+        if (fork() < 0)
+            usleep(1000);
+}
+
+/* At most `limit` processes in all: each new one forks the next two. */
+static void bounded_bomb(int limit)
+{
+    int tokens[2];
+    signal(SIGTERM, SIG_IGN);
+    if (pipe(tokens) < 0)
+        _exit(8);
+    for (int i = 0; i < limit; i++)
+        if (write(tokens[1], "x", 1) != 1)
+            _exit(8);
+    fcntl(tokens[0], F_SETFL, O_NONBLOCK);
+    for (;;) {
+        char byte;
+        if (read(tokens[0], &byte, 1) != 1) {
+            say("x");
+            for (;;)
+                pause();
+        }
+        if (fork() == 0)
+            setsid();
+    }
+}
+
+/* A relay: forks a successor and ends, again and again, always in a new session, so that nobody
+ * who looks it up finds it where it was. */
+static void comet(void)
+{
+    signal(SIGTERM, SIG_IGN);
+    say("ready\n");
+    for (;;) {
+        if (fork() != 0)
+            _exit(0);
+        setsid();
+    }
+}
+
+/* Children that end at once and are never waited for. */
+static void zombies(int count)
+{
+    for (int i = 0; i < count; i++)
+        if (fork() == 0)
+            _exit(0);
+    for (int i = 0; i < count; i++) { /* all are dead, none is reaped */
+        siginfo_t info;
+        waitid(P_ALL, 0, &info, WEXITED | WNOWAIT);
+    }
+    say("ready\n");
+    for (;;)
+        pause();
+}
+
+/* A chain: every process has one child, `depth` deep. */
+static void chain(int depth)
+{
+    signal(SIGTERM, SIG_IGN);
+    for (int i = 0; i < depth; i++) {
+        if (fork() != 0)
+            for (;;)
+                pause();
+        setsid();
+    }
+    say("ready\n");
+    for (;;)
+        pause();
+}
+
+/* Counts SIGTERMs and prints "N" when it gets SIGUSR1. */
+static volatile sig_atomic_t terms;
+static void on_term(int signo)
+{
+    (void)signo;
+    terms++;
+}
+static void on_usr1(int signo)
+{
+    char digit[2] = {(char)('0' + terms), '\n'};
+    (void)signo;
+    if (write(1, digit, 2) < 0)
+        _exit(9);
+}
+static void counter(void)
+{
+    signal(SIGTERM, on_term);
+    signal(SIGUSR1, on_usr1);
+    say("ready\n");
+    for (;;)
+        pause();
+}
+
+static void stopped(void)
+{
+    say("ready\n");
+    raise(SIGSTOP);
+    for (;;)
+        pause();
+}
+
+static void ignore(void)
+{
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+    say("ready\n");
+    for (;;)
+        pause();
+}
+
+/* Short-lived children, without end: pids come and go. */
+static void churn(void)
+{
+    say("ready\n");
+    for (;;) {
+        pid_t pid = fork();
+        if (pid == 0)
+            _exit(0);
+        if (pid > 0)
+            waitpid(pid, NULL, 0);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const char *mode = argc > 1 ? argv[1] : "";
+    int number = argc > 2 ? atoi(argv[2]) : 0;
+
+    if (!strcmp(mode, "sessions"))
+        sessions(number);
+    else if (!strcmp(mode, "daemonise"))
+        daemonise();
+    else if (!strcmp(mode, "bomb"))
+        bomb();
+    else if (!strcmp(mode, "bounded-bomb"))
+        bounded_bomb(number);
+    else if (!strcmp(mode, "comet"))
+        comet();
+    else if (!strcmp(mode, "zombies"))
+        zombies(number);
+    else if (!strcmp(mode, "chain"))
+        chain(number);
+    else if (!strcmp(mode, "counter"))
+        counter();
+    else if (!strcmp(mode, "stopped"))
+        stopped();
+    else if (!strcmp(mode, "ignore"))
+        ignore();
+    else if (!strcmp(mode, "churn"))
+        churn();
+    else if (!strcmp(mode, "pause"))
+        for (say("ready\n");;)
+            pause();
+    else
+        return 64;
+    return 0;
+}

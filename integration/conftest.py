@@ -1,0 +1,123 @@
+"""What the tests on real trees have in common."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import proctree
+from proctree.process import proof
+
+HERE = Path(__file__).parent
+DEADLINE = 30.0
+"""Seconds that an event may take before a test says that it will not come."""
+
+QUICK = proctree.KillPolicy(stages=(proctree.Stage(15, 0.3), proctree.Stage(9, 10.0)))
+"""A short grace for what ignores SIGTERM, a long one behind SIGKILL."""
+
+
+@pytest.fixture(scope="session")
+def actors() -> Iterator[str]:
+    """The path of the program in actors.c; in a folder that every user may enter."""
+    folder = tempfile.mkdtemp(prefix="proctree-actors-")
+    os.chmod(folder, 0o755)
+    path = os.path.join(folder, "actors")
+    subprocess.run(
+        ["cc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", path, str(HERE / "actors.c")], check=True
+    )
+    yield path
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["warden", "group"])
+def containment(request: pytest.FixtureRequest) -> str:
+    """For what both backends promise."""
+    return str(request.param)
+
+
+class Lines:
+    """A line callback, and somebody who waits for lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, line: str) -> None:
+        with self._changed:
+            self.lines.append(line)
+            self._changed.notify_all()
+
+    def wait_for(self, count: int = 1) -> list[str]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.lines) >= count, DEADLINE), self.lines
+            return list(self.lines)
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """For what nothing reports: states in /proc."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.005)
+
+
+def living() -> list[str]:
+    """Every living process below this one, by name. The suite is a subreaper: nothing hides."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        stat = proof.read_stat(process.pid)
+        if stat is not None and not stat.dead:
+            found.append(f"{stat.pid} {stat.name} (parent {stat.ppid})")
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    stat = proof.read_stat(pid)
+    return stat is not None and not stat.dead
+
+
+class Lifeline:
+    """A pipe whose write end a tree inherits: it ends when the last process that has it does."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        os.set_inheritable(self.writer, True)
+
+    def handed_over(self) -> None:
+        os.close(self.writer)
+
+    def cut(self, timeout: float = DEADLINE) -> bool:
+        ready, _, _ = select.select([self.reader], [], [], timeout)
+        return bool(ready) and os.read(self.reader, 1) == b""
+
+    def close(self) -> None:
+        os.close(self.reader)
+
+
+@pytest.fixture
+def lifeline() -> Iterator[Lifeline]:
+    line = Lifeline()
+    yield line
+    line.close()
+
+
+def start_supervisor(code: str, *args: str, **options: object) -> subprocess.Popen[str]:
+    """A Python that supervises: `code` runs in it, and talks to us by lines on its stdout."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
