@@ -11,11 +11,13 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
 
 from proctree import loop
+from proctree.containment.warden import WardenContained
 from proctree.process import prctl, proof
 
 LEAVE_SECONDS = 10.0
@@ -24,7 +26,22 @@ LEAVE_SECONDS = 10.0
 
 def pytest_configure(config: pytest.Config) -> None:
     prctl.LibcPrctl().set_child_subreaper(True)
+    _note_own_wardens()
     loop.get()  # its two descriptors belong to the process and not to the first test
+
+
+_own_wardens: set[int] = set()
+"""Those that this process started itself: it must reap them, and nobody does it for it."""
+
+
+def _note_own_wardens() -> None:
+    spawn = WardenContained.spawn
+
+    def noting(self: WardenContained, *args: Any, **kwargs: Any) -> None:
+        spawn(self, *args, **kwargs)
+        _own_wardens.add(self._warden)
+
+    WardenContained.spawn = noting  # type: ignore[method-assign]
 
 
 def _descendants() -> dict[tuple[int, float], str]:
@@ -43,7 +60,7 @@ def _reap_orphans(before: dict[tuple[int, float], str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
             known = (process.pid, process.create_time()) in before
             stat = proof.read_stat(process.pid)
-            ours = stat is None or stat.session == os.getsid(0) or stat.name == "proctree-warden"
+            ours = stat is None or stat.session == os.getsid(0) or stat.pid in _own_wardens
             if not known and not ours and stat is not None and stat.dead:
                 os.waitpid(process.pid, os.WNOHANG)
 

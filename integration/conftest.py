@@ -119,5 +119,6 @@ def start_supervisor(code: str, *args: str, **options: object) -> subprocess.Pop
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         **options,  # type: ignore[call-overload]
     )

@@ -105,23 +105,34 @@ class GroupContained(Contained):
     def _fork(self) -> None:
         with fds.making():
             reader, writer = fds.pipe()
+            gate, opener = fds.pipe()
             parent = os.getpid()
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
                 pid = os.fork()
                 if pid == 0:
                     child.run_forked(
-                        self._command, self._stdio, self._prctl, parent, writer, (reader,)
+                        self._command,
+                        self._stdio,
+                        self._prctl,
+                        parent,
+                        writer,
+                        (reader, opener),
+                        gate,
                     )
+                # Another thread of the host may be in waitpid(-1): the child must not end before
+                # its pidfd is open.
+                self._main_pidfd = fds.own(os.pidfd_open(pid))
+                os.write(opener, b"g")
             except OSError:
                 os.close(reader)
                 raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                os.close(writer)
+                for fd in (writer, gate, opener):
+                    os.close(fd)
             self.pid = pid
             self._report = fds.own(reader)
-            self._main_pidfd = fds.own(os.pidfd_open(pid))
         os.set_blocking(self._report, False)
         stat = proof.read_stat(pid)
         self._main_start = stat.start_time if stat else 0

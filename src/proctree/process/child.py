@@ -156,8 +156,12 @@ def run_forked(
     parent: int,
     report: int,
     unwanted: tuple[int, ...],
+    gate: int | None = None,
 ) -> NoReturn:
     """The forked child that is to be the main process, for a command or a callable.
+
+    With a `gate` it begins when a byte comes through: until then the parent can be certain that the
+    number which fork gave it is this process, whoever else waits for its children.
 
     `report` is closed when it has become what it is to be (for a command: by exec), after a failure
     it is written to first.
@@ -166,6 +170,8 @@ def run_forked(
         try:
             for fd in unwanted:
                 os.close(fd)
+            if gate is not None and not os.read(gate, 1):
+                os._exit(127)  # the parent is gone
             lead_session(prctl, parent)
             place_stdio(stdio)
             enter(command)

@@ -58,13 +58,13 @@ def read_stat(pid: int) -> Stat | None:
         return None
 
 
-def read_environ(pid: int) -> bytes:
-    """The environment that a process was started with; empty when it may not be read."""
+def read_environ(pid: int) -> bytes | None:
+    """The environment that a process was started with; None when it may not be read."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return file.read()
     except OSError:
-        return b""
+        return None
 
 
 def in_environ(environ: bytes, variable: bytes, component: bytes) -> bool:

@@ -52,41 +52,95 @@ def all_pids() -> Iterator[int]:
             yield int(name)
 
 
-def belongs(search: Search, stat: Stat, *, root_held: bool) -> bool:
-    """Whether the process that `stat` describes bears one of the marks."""
-    if stat.pid in (search.root, os.getpid(), 1):
+class _Undecided(Exception):
+    """The process is between two programs and has no environment yet."""
+
+
+def _bears_mark(search: Search, stat: Stat) -> bool:
+    """By its environment. During execve(2) there is a moment without one (the new memory exists and
+    its environment does not yet), and then only a later look can tell."""
+    environ = proof.read_environ(stat.pid)
+    if environ is None:
         return False
+    if not environ:
+        raise _Undecided
+    return proof.in_environ(environ, _VARIABLE, search.tree_id.encode())
+
+
+def _in_session(search: Search, stat: Stat) -> bool:
+    """By the main process, or the session that it leads, while its number is certainly its own."""
     main = search.main
-    if main is not None and stat.start_time >= search.main_start:
-        if stat.pid == main:
-            return stat.start_time == search.main_start
-        if stat.session == main:
-            leader = proof.read_stat(main)
-            if leader is None or leader.start_time == search.main_start:
-                return True
-    if proof.in_environ(proof.read_environ(stat.pid), _VARIABLE, search.tree_id.encode()):
+    if main is None:
+        return False
+    if stat.pid == main:
+        return stat.start_time == search.main_start
+    if stat.session != main:
+        return False
+    leader = proof.read_stat(main)
+    return leader is None or leader.start_time == search.main_start
+
+
+def belongs(search: Search, stat: Stat, *, root_held: bool) -> bool:
+    """Whether the process that `stat` describes bears one of the marks.
+
+    Raises:
+        _Undecided: it cannot be said right now.
+    """
+    # Nothing in the tree is older than its main process.
+    if stat.start_time < search.main_start or stat.pid in (search.root, os.getpid(), 1):
+        return False
+    if _in_session(search, stat):
         return True
-    return root_held and search.root is not None and proof.is_below(stat.pid, search.root)
+    if root_held and search.root is not None and proof.is_below(stat.pid, search.root):
+        return True
+    return _bears_mark(search, stat)
+
+
+EXEC_LOOKS = 5
+EXEC_PAUSE = 0.002
+"""How often, and after how many seconds, a process that has no environment is looked at again:
+execve takes well below a millisecond, and nothing reports its end to a stranger."""
 
 
 def find(search: Search) -> list[tuple[int, Stat]]:
     """The living members: a pidfd each, which the caller closes, and what they were seen as."""
     root_held = search.root_pidfd >= 0 and proof.holds_number(search.root_pidfd)
-    found = []
-    for pid in all_pids():
+    found: list[tuple[int, Stat]] = []
+    undecided: list[int] = list(all_pids())
+    for look in range(EXEC_LOOKS):
+        if look > 0:
+            time.sleep(EXEC_PAUSE)
+        undecided = _look(search, undecided, found, root_held=root_held)
+        if not undecided:
+            break
+    return found
+
+
+def _look(
+    search: Search, pids: list[int], found: list[tuple[int, Stat]], *, root_held: bool
+) -> list[int]:
+    """One look at each; returns those that could not be decided."""
+    undecided: list[int] = []
+    for pid in pids:
         stat = proof.read_stat(pid)
-        if stat is None or stat.dead:
+        if stat is None or stat.dead or stat.start_time < search.main_start:
             continue
         pidfd = proof.open_pidfd(pid)
         if pidfd is None:
             continue
+        member = False
         # Read again behind the pidfd: only what is true now is about the process that it names.
         now = proof.read_stat(pid)
-        if now and now.start_time == stat.start_time and belongs(search, now, root_held=root_held):
-            found.append((pidfd, now))
+        try:
+            same = now is not None and now.start_time == stat.start_time
+            member = same and belongs(search, now or stat, root_held=root_held)
+        except _Undecided:
+            undecided.append(pid)
+        if member:
+            found.append((pidfd, now or stat))
         else:
             os.close(pidfd)
-    return found
+    return undecided
 
 
 def sweep(search: Search) -> tuple[Member, ...]:
