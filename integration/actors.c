@@ -206,6 +206,32 @@ static void churn(void)
     }
 }
 
+/* Children that live for a moment, twenty at a time, and a parent that knows how each of them
+ * ended: says "hit" when one was ended by a signal, which nobody had any business to send. */
+static void witness(void)
+{
+    int alive = 0;
+    say("ready\n");
+    for (;;) {
+        while (alive < 20) {
+            pid_t pid = fork();
+            if (pid == 0) {
+                usleep(500 + (unsigned)getpid() % 1500);
+                _exit(0);
+            }
+            if (pid < 0)
+                break;
+            alive++;
+        }
+        int status;
+        if (wait(&status) > 0) {
+            alive--;
+            if (WIFSIGNALED(status))
+                say("hit\n");
+        }
+    }
+}
+
 int main(int argc, char **argv)
 {
     const char *mode = argc > 1 ? argv[1] : "";
@@ -233,6 +259,8 @@ int main(int argc, char **argv)
         ignore();
     else if (!strcmp(mode, "churn"))
         churn();
+    else if (!strcmp(mode, "witness"))
+        witness();
     else if (!strcmp(mode, "pause"))
         for (say("ready\n");;)
             pause();

@@ -13,6 +13,7 @@ import pytest
 import proctree
 from integration.conftest import QUICK, Lines, eventually, is_alive, living
 from proctree import KillPolicy, Reason, Stage, WatchedSubprocess
+from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.process import proof
 
 
@@ -324,6 +325,26 @@ def test_a_callable(containment: str) -> None:
     assert outcome.returncode == 5
     assert [member.name for member in outcome.leftovers] == ["sleep"]
     assert not living()
+
+
+def test_a_callable_that_ends_before_its_warden_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its SIGCHLD came too early for anybody to see."""
+    late = tmp_path / "late-warden"
+    late.write_text(
+        f"""#!/bin/sh
+        for argument; do
+            case $argument in adopt=*) pid=${{argument#adopt=}} ;; esac
+        done
+        until read -r _ _ state _ </proc/$pid/stat && [ "$state" = Z ]; do :; done
+        exec {warden_path()} "$@"
+        """
+    )
+    late.chmod(0o755)
+    monkeypatch.setenv(WARDEN_VARIABLE, str(late))
+    outcome = proctree.run(lambda: os._exit(3), containment="warden")
+    assert outcome.returncode == 3
 
 
 def test_a_callable_that_raises(containment: str) -> None:

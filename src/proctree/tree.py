@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from proctree import events
 from proctree.command import Command
 from proctree.containment.base import Contained
-from proctree.errors import ProctreeError
+from proctree.errors import ContainmentUnavailable, ProctreeError
 from proctree.latch import Latch
 from proctree.lifecycle import Action, Event, Lifecycle, State
 from proctree.loop import Loop, Timer
@@ -192,7 +192,7 @@ class Tree:
         try:
             while self._queue:
                 event, payload = self._queue.popleft()
-                self._note(event)
+                self._note(event, payload)
                 for action, argument in self.life.handle(event, **payload):
                     self._PERFORM[action](self, argument)
         finally:
@@ -200,8 +200,10 @@ class Tree:
         if not self.started.is_set() and self.life.state not in (State.NEW, State.STARTING):
             self.started.set()
 
-    def _note(self, event: Event) -> None:
-        if event is Event.STARTED:
+    def _note(self, event: Event, payload: dict[str, Any]) -> None:
+        if event is Event.LOST and self.life.state is State.STARTING:
+            self.start_error = ContainmentUnavailable(payload["detail"])
+        elif event is Event.STARTED:
             events.debug(
                 "tree.started",
                 tree_id=self.tree_id,

@@ -129,6 +129,8 @@ class WatchedSubprocess:
             self._end_quietly()
             raise
         if self._tree.start_error is not None:
+            # What there was of it is being cleared away.
+            self._wait_out()
             raise self._tree.start_error
 
     def _launch(self) -> None:

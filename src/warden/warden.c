@@ -530,8 +530,10 @@ int main(int argc, char **argv)
     set_title(argv);
     descriptors_drop(w);
 
-    enum verdict verdict;
-    while ((verdict = turn(w)) == GO_ON)
-        continue;
+    /* A callable may have ended before we were its warden.  Its SIGCHLD is lost then: setting a
+     * signal that is ignored by default to SIG_DFL discards what is pending (signal(7)). */
+    enum verdict verdict = w->options.adopt ? children_changed(w) : GO_ON;
+    while (verdict == GO_ON)
+        verdict = turn(w);
     return verdict == FINISHED ? 0 : 1;
 }

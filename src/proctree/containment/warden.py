@@ -270,14 +270,7 @@ class WardenContained(Contained):
     def _lose(self, detail: str) -> None:
         self._lost = True
         self._drop_control()
-        if self._started:
-            self._owner.happened(Event.LOST, detail=detail)
-            return
-        # Nothing of the tree has been heard of, but it may be there: end the warden, and with it by
-        # PDEATHSIG whatever it had started.
-        self._kill_warden()
-        error = ContainmentUnavailable(detail)
-        self._when_reaped(lambda: self._owner.could_not_start(error, detail))
+        self._owner.happened(Event.LOST, detail=detail)
 
     # -- the warden's own end
 
