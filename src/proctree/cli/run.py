@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from argparse import ArgumentParser
+from argparse import REMAINDER, ArgumentParser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -60,16 +60,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--name", help="for ps and logs (default: the command's name)")
     parser.add_argument("--json", metavar="FILE", help="write how it ended to FILE")
-    parser.add_argument("command", nargs="*", metavar="COMMAND")
+    # Everything from the command on is the command's, whatever it looks like.
+    parser.add_argument("command", nargs=REMAINDER, metavar="COMMAND")
     return parser
-
-
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Everything behind the first `--` is the command's, whatever it looks like."""
-    if "--" not in arguments:
-        return list(arguments), []
-    at = list(arguments).index("--")
-    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def exit_status(ending: Ending) -> int:
@@ -115,10 +108,9 @@ def _supervise(handle: WatchedSubprocess) -> Ending:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the subcommand; returns the exit status."""
-    ours, command = _split(arguments)
     parser = _parser()
-    options = parser.parse_args(ours)
-    command = options.command + command
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("no command was given")
     try:
