@@ -1,15 +1,16 @@
 """Events for the log, by structlog where the host program uses it.
 
-A library that nobody configured prints nothing: an unconfigured structlog would write to standard
-output, into the middle of what `proctree run` passes through. So events go to structlog once the
-program has configured it; otherwise warnings go to the standard library's logger `proctree`, and
-what is not a warning is dropped. Neither module is imported before it is needed.
+An unconfigured structlog writes to standard output, into the middle of what `proctree run` passes
+through. So events go to structlog once the program has configured it; otherwise warnings go to the
+standard library's logger `proctree` (which, unconfigured, writes them to standard error), and what
+is not a warning is dropped. Neither module is imported before it is needed.
 
 Event names and their fields are part of the interface; docs/events.md lists them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -27,8 +28,10 @@ def _emit(level: str, event: str, fields: dict[str, Any]) -> None:
     elif level != "debug":
         import logging
 
+        exc_info = fields.pop("exc_info", False)
         text = " ".join(f"{name}={value!r}" for name, value in fields.items())
-        getattr(logging.getLogger("proctree"), level)("%s %s", event, text)
+        log = getattr(logging.getLogger("proctree"), level)
+        log("%s %s", event, text, exc_info=exc_info)
 
 
 def debug(event: str, **fields: Any) -> None:
@@ -53,4 +56,5 @@ def _safely(level: str, event: str, fields: dict[str, Any]) -> None:
     try:
         _emit(level, event, fields)
     except Exception as exception:
-        sys.stderr.write(f"proctree: logging {event} failed: {exception!r}\n")
+        with contextlib.suppress(Exception):  # there may be no standard error, or a closed one
+            print(f"proctree: logging {event} failed: {exception!r}", file=sys.stderr)

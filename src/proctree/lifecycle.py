@@ -63,7 +63,8 @@ class Event(enum.Enum):
     STAGE_DUE = "stage due"
     """The stage timer ran out."""
     MAIN_EXITED = "main exited"
-    """`status` (as waitpid(2), or None when it was stolen), `leftovers`."""
+    """`status` (as waitpid(2), or None when it was stolen), `leftovers`, and `empty`: that nothing is
+    left. What is left need not be visible."""
     EMPTY = "tree empty"
     """Proved: no process of the tree is left."""
     SURVEYED = "surveyed"
@@ -296,7 +297,9 @@ def _kill_stopping(
     return State.STOPPING
 
 
-def _main_exited(life: Lifecycle, status: int | None, leftovers: tuple[Member, ...]) -> State:
+def _main_exited(
+    life: Lifecycle, status: int | None, leftovers: tuple[Member, ...], empty: bool
+) -> State:
     life.main_exited = True
     life.status = status
     life.leftovers = leftovers
@@ -304,10 +307,10 @@ def _main_exited(life: Lifecycle, status: int | None, leftovers: tuple[Member, .
 
 
 def _main_exited_running(
-    life: Lifecycle, status: int | None, leftovers: tuple[Member, ...]
+    life: Lifecycle, status: int | None, leftovers: tuple[Member, ...], empty: bool
 ) -> State:
-    _main_exited(life, status, leftovers)
-    if not leftovers:
+    _main_exited(life, status, leftovers, empty)
+    if empty:
         return State.RUNNING
     if life.leftover_policy is Leftovers.KILL:
         return life._stop()
@@ -345,6 +348,10 @@ def _stage_due(life: Lifecycle) -> State:
 
 
 def _surveyed(life: Lifecycle, survivors: tuple[Member, ...]) -> State:
+    if life.phase is Phase.SURVEY and not survivors:
+        # Nothing to be seen, and yet no proof: EMPTY is on its way, or something hides. The timer
+        # decides.
+        return State.STOPPING
     life.survivors = survivors
     return life._finish()
 

@@ -30,6 +30,9 @@ WRITE = select.EPOLLOUT
 BUFFER_SIZE = 256 * 1024
 """Bytes read at once. One buffer serves all trees, since only the loop reads."""
 
+LONGEST_SLEEP = 24 * 3600.0
+"""Seconds."""
+
 Handler = Callable[[int], None]
 
 
@@ -103,8 +106,10 @@ class Loop:
             heapq.heappop(self._timers)
         if not self._timers:
             return None
-        # epoll_wait counts milliseconds and rounds down: half of one more and no turn is idle.
-        return max(0.0, self._timers[0][0] - time.monotonic() + 0.0005)
+        # epoll_wait counts milliseconds in a C int and rounds down: half of one more and no turn is
+        # idle, and what is far away is looked at again in between.
+        left = self._timers[0][0] - time.monotonic() + 0.0005
+        return min(max(0.0, left), LONGEST_SLEEP)
 
     def _run(self) -> None:
         poll = self._epoll.poll

@@ -10,7 +10,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from proctree import events
@@ -64,11 +63,9 @@ class Tree:
         self._timeout = timeout
         self._loop: Loop
         self.life = Lifecycle(policy, leftovers, streams.outputs, drain_timeout)
-        # Whoever takes the token decides what becomes of a NEW tree: a launch or a kill. Taking it
-        # is one atomic step, so they cannot both win.
+        # Taking the token is one atomic step, so that only one launch wins.
         self._token: deque[object] = deque([object()])
-        self._attached = False
-        self._early: deque[dict[str, Any]] = deque()
+        self._made = False
         self._deferred: list[Stage] = []
         self._queue: deque[tuple[Event, dict[str, Any]]] = deque()
         self._handling = False
@@ -78,21 +75,21 @@ class Tree:
         self._began = 0.0
         self._ended: float | None = None
         self._sent: dict[int, StageSent] = {}
-        self._released = False
+        self._results: dict[int, tuple[int | None, int]] = {}
 
     # -- from any thread
 
-    def take_token(self) -> bool:
+    @property
+    def asked(self) -> bool:
+        """Whether a launch or a kill was asked for: then there will be an outcome."""
+        return not self._token
+
+    def _take_token(self) -> bool:
         try:
             self._token.pop()
         except IndexError:
             return False
         return True
-
-    @property
-    def launched(self) -> bool:
-        """Whether a launch, or a kill before it, has decided about it."""
-        return not self._token
 
     @property
     def outcome(self) -> Outcome | None:
@@ -104,39 +101,22 @@ class Tree:
         return self._outcome
 
     def launch(self, loop: Loop) -> None:
-        """Makes the processes and hands the tree to the loop. The caller has taken the token.
+        """Has the loop make the processes: on its thread, where no KeyboardInterrupt and nothing
+        else that a signal handler raises can come between a process and its being known.
 
         Raises:
-            OSError: nothing was made.
+            ProctreeError: it was launched or killed before.
         """
+        if not self._take_token():
+            raise ProctreeError(f"tree {self.tree_id} was launched or killed before")
         self._loop = loop
-        self._began = time.monotonic()
-        try:
-            with fds.making():
-                stdio = self._streams.open()
-                self.contained.spawn(
-                    self.command, stdio, self.policy, self._streams.close_child_ends
-                )
-        except BaseException as error:
-            self._streams.close_child_ends()
-            loop.post(partial(self._never_made, str(error)))
-            raise
-        _alive.add(self)
-        # From here on the loop may act on the tree: everything else has to be in place. Waking the
-        # loop for it would cost as much as everything else here, so it is only done for what needs
-        # the loop's own thread.
-        self.life.handle(Event.SPAWNED)
-        self._streams.attach(loop, self)
-        self._attached = True
-        if self._early or self._timeout is not None or self.contained.needs_loop_thread:
-            loop.post(self._begin)
-        else:
-            self._streams.start()
-            self.contained.attach(loop, self)
+        loop.post(self._launch)
 
     def kill(self, loop: Loop, reason: Reason, detail: str, policy: KillPolicy | None) -> None:
+        self._take_token()
+        self._loop = loop
         payload = {"reason": reason, "detail": detail, "policy": policy}
-        loop.post(lambda: self._kill(loop, payload))
+        loop.post(lambda: self.happened(Event.KILL, **payload))
 
     def signal(self, stage: Stage) -> None:
         self._loop.post(lambda: self._signal(stage))
@@ -146,32 +126,29 @@ class Tree:
 
     # -- on the loop: beginning
 
-    def _never_made(self, detail: str) -> None:
+    def _launch(self) -> None:
+        if self.life.state is not State.NEW:
+            return  # killed first
+        self._began = time.monotonic()
+        _alive.add(self)
+        self.happened(Event.SPAWNED)
+        try:
+            with fds.making():
+                try:
+                    stdio = self._streams.open()
+                    self.contained.spawn(self.command, stdio, self.policy)
+                finally:
+                    self._streams.close_child_ends()
+        except Exception as error:
+            self._streams.attach(self._loop, self)
+            self.could_not_start(error, str(error))
+            return
+        self._made = True
         self._streams.attach(self._loop, self)
-        self.happened(Event.START_FAILED, detail=detail)
-
-    def _begin(self) -> None:
         self._streams.start()
         if self._timeout is not None:
             self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
         self.contained.attach(self._loop, self)
-        self._kill_early()
-
-    def _kill(self, loop: Loop, payload: dict[str, Any]) -> None:
-        if not self._attached and self.take_token():
-            self._loop = loop
-            self.happened(Event.KILL, **payload)
-            return
-        # Another thread may be in the middle of launching: its processes come first. It looks at
-        # the list after it has attached, we look whether it has after we have filled the list, so
-        # one of us sees the other.
-        self._early.append(payload)
-        if self._attached:
-            self._kill_early()
-
-    def _kill_early(self) -> None:
-        while self._early:
-            self.happened(Event.KILL, **self._early.popleft())
 
     def _timed_out(self) -> None:
         detail = f"not done after {self._timeout:g} s"
@@ -223,9 +200,7 @@ class Tree:
         self.happened(Event.STREAM_ENDED)
 
     def sent(self, serial: int, count: int | None, denied: int) -> None:
-        known = self._sent.get(serial)
-        if known is not None:
-            self._sent[serial] = StageSent(known.signal, known.scope, known.at, count, denied)
+        self._results[serial] = (count, denied)
 
     def _signal(self, stage: Stage) -> None:
         if self.life.state in (State.NEW, State.STARTING):
@@ -267,7 +242,7 @@ class Tree:
         self.contained.sweep()
 
     def _release(self, _nothing: None) -> None:
-        self._released = True
+        self._ended = time.monotonic()
         self.contained.release()
 
     def _drain(self, empty: bool) -> None:
@@ -283,7 +258,7 @@ class Tree:
             if timer is not None:
                 timer.cancel()
         self._streams.close()
-        if self._attached:
+        if self._made:
             self.contained.close()
 
     def _publish(self, _nothing: None) -> None:
@@ -321,6 +296,10 @@ class Tree:
         Action.PUBLISH: _publish,
     }
 
+    def _stage_sent(self, serial: int) -> StageSent:
+        reached, denied = self._results.get(serial, (None, 0))
+        return self._sent[serial]._replace(reached=reached, denied=denied)
+
     def _make_ending(self) -> Ending:
         life = self.life
         ended = self._ended if self._ended is not None else time.monotonic()
@@ -335,7 +314,7 @@ class Tree:
             returncode=returncode,
             reason=reason,
             detail=life.detail,
-            stages=tuple(self._sent.values()),
+            stages=tuple(self._stage_sent(serial) for serial in self._sent),
             leftovers=life.leftovers,
             survivors=life.survivors,
             usage=usage if usage != Usage() else self.contained.exit_usage,

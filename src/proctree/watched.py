@@ -121,22 +121,22 @@ class WatchedSubprocess:
         Raises:
             ProctreeError: it was launched before, or killed before it was launched.
         """
-        self._launch()
+        tree = self._tree
         try:
-            self._tree.started.wait()
+            tree.launch(_loop.get())
+            tree.started.wait()
+        except ProctreeError:
+            raise
         except BaseException:
             # A KeyboardInterrupt here would leave a tree that nobody has a handle to.
             self._end_quietly()
             raise
-        if self._tree.start_error is not None:
+        if tree.start_error is not None:
             # What there was of it is being cleared away.
             self._wait_out()
-            raise self._tree.start_error
-
-    def _launch(self) -> None:
-        if not self._tree.take_token():
-            raise ProctreeError(f"tree {self.tree_id} was launched or killed before")
-        self._tree.launch(_loop.get())
+            raise tree.start_error
+        if tree.closed.is_set() and tree.contained.pid is None:
+            raise ProctreeError(f"tree {self.tree_id} was killed before it had started")
 
     # -- what is known
 
@@ -200,7 +200,7 @@ class WatchedSubprocess:
                 "wait() in an output callback of the same tree would wait for itself; "
                 "kill() may be called there"
             )
-        elif self._tree.life.state is State.NEW and not self._tree.launched:
+        elif not self._tree.asked:
             raise RuntimeError(
                 f"tree {self.tree_id} was not launched: there is nothing to wait for"
             )
@@ -254,7 +254,7 @@ class WatchedSubprocess:
 
     def _require_launched(self) -> None:
         _tree.require_owner(self._tree)
-        if not self._tree.launched:
+        if not self._tree.asked:
             raise RuntimeError(f"tree {self.tree_id} was not launched")
 
     # -- leaving
@@ -307,8 +307,8 @@ def run(argv: Target, *, check: bool = False, **options: Any) -> Outcome:
     """
     handle = WatchedSubprocess(argv, **options)
     tree = handle._tree
-    handle._launch()
     try:
+        tree.launch(_loop.get())
         tree.closed.wait()
     except BaseException:
         handle._end_quietly()

@@ -107,7 +107,7 @@ struct message_usage {
 struct message_exited {
     struct message_header header;
     int32_t status;     /* as waitpid(2) gives it */
-    uint32_t leftovers; /* live members at that moment; the first of them came in MEMBERS */
+    uint32_t leftovers; /* live members, named in MEMBERS before; 1 if some are there but hide */
     struct message_usage usage;
 };
 

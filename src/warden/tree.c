@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define PIDS_BYTES (PIDS_MAX * sizeof(pid_t))
@@ -249,12 +250,25 @@ static bool prove_through_parent(struct warden *w, struct process *child, unsign
     return true;
 }
 
+/* /proc may hide what belongs to other users (proc(5), hidepid), as a set-uid program does.  Our own
+ * children are known without it: waitid(2) answers for no other process. */
+static bool is_hidden_child(const struct warden *w, pid_t pid, struct process *out)
+{
+    siginfo_t info;
+    if (waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+        return false;
+    *out = (struct process){.pid = pid, .ppid = w->self, .state = '?', .threads = 1};
+    return true;
+}
+
 /* The caller holds a pidfd of `pid`.  If the number has been reused since, what is proved here is
  * about a stranger, and the signal goes to the pidfd, which is dead: nobody gets it. */
 static bool prove(struct warden *w, pid_t pid, struct process *out, unsigned depth)
 {
-    if (depth > CLIMB_MAX || process_read(w->proc, pid, out))
+    if (depth > CLIMB_MAX)
         return false;
+    if (process_read(w->proc, pid, out))
+        return is_hidden_child(w, pid, out);
     if (out->ppid == w->self)
         return true;
     int parent = cache_find(w, out->ppid);

@@ -212,7 +212,8 @@ static enum verdict children_changed(struct warden *w)
 
     if (w->main_reaped && !w->main_reported) {
         w->main_reported = true;
-        send_exited(w, empty ? 0 : send_members(w, 0));
+        uint32_t visible = empty ? 0 : send_members(w, 0);
+        send_exited(w, empty || visible ? visible : 1);
     }
     if (empty)
         return tree_empty(w);

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import os
 from typing import Any, Protocol
 
 from proctree.command import Command
+from proctree.errors import errno_name
 from proctree.lifecycle import Event
 from proctree.loop import Loop
 from proctree.policy import KillPolicy, Stage
@@ -17,6 +18,21 @@ Descriptors = tuple[int | None, int | None, int | None]
 
 MEMBERS_REPORTED = 1024
 """How many leftovers or survivors are kept: a tree must not bloat its supervisor."""
+
+
+def proc_trouble() -> str | None:
+    """Why /proc cannot be used, or None.
+
+    In a PID namespace that did not get a /proc of its own, the numbers there are those of other
+    processes: whoever trusted them would signal strangers.
+    """
+    try:
+        self_pid = os.readlink("/proc/self")
+    except OSError as error:
+        return f"/proc is not readable ({errno_name(error.errno or 0)})"
+    if self_pid != str(os.getpid()):
+        return "/proc belongs to another PID namespace"
+    return None
 
 
 class Owner(Protocol):
@@ -39,8 +55,6 @@ class Contained(abc.ABC):
     """
 
     name: str
-    needs_loop_thread = False
-    """Whether `attach` has to run on the loop's thread, or may on the launching one."""
 
     def __init__(self, tree_id: str) -> None:
         self.tree_id = tree_id
@@ -54,14 +68,8 @@ class Contained(abc.ABC):
         """Why this backend cannot be used here, or None. From any thread."""
 
     @abc.abstractmethod
-    def spawn(
-        self,
-        command: Command,
-        stdio: Descriptors,
-        policy: KillPolicy,
-        close_child_ends: Callable[[], None],
-    ) -> None:
-        """Makes the processes; from the caller's thread, with the descriptor lock held.
+    def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
+        """Makes the processes; with the descriptor lock held.
 
         Raises:
             OSError: nothing was made.

@@ -16,12 +16,11 @@ import fcntl
 import os
 import signal
 import struct
-from collections.abc import Callable
 from functools import partial
 
 from proctree import events
 from proctree.command import Command
-from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner
+from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner, proc_trouble
 from proctree.errors import errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
@@ -51,16 +50,12 @@ def status_from_pidfd(pidfd: int) -> int | None:
 
 class GroupContained(Contained):
     name = "group"
-    needs_loop_thread = True
 
     def __init__(self, tree_id: str) -> None:
         super().__init__(tree_id)
         self._loop: Loop
         self._owner: Owner
         self._command: Command
-        self._stdio: Descriptors = (None, None, None)
-        self._close_child_ends: Callable[[], None] = lambda: None
-        self._prctl: prctl.Prctl
         self._report = -1
         self._main_pidfd = -1
         self._main_start = 0
@@ -75,67 +70,49 @@ class GroupContained(Contained):
     def unavailable(cls) -> str | None:
         if not hasattr(os, "pidfd_open"):
             return "this Python was built without pidfd_open"
-        return None
+        return proc_trouble()
 
     # -- making it
 
-    def spawn(
-        self,
-        command: Command,
-        stdio: Descriptors,
-        policy: KillPolicy,
-        close_child_ends: Callable[[], None],
-    ) -> None:
-        # The fork itself waits for the loop's thread, for the reason that the module gives.
+    def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
         self._command = command
-        self._stdio = stdio
-        self._close_child_ends = close_child_ends
-        self._prctl = prctl.load()
+        calls = prctl.load()
+        reader, writer = fds.pipe()
+        gate, opener = fds.pipe()
+        parent = os.getpid()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                child.run_forked(
+                    command,
+                    stdio,
+                    calls,
+                    parent,
+                    writer,
+                    (reader, opener),
+                    gate,
+                )
+            # Another thread of the host may be in waitpid(-1): the child must not end before
+            # its pidfd is open.
+            self._main_pidfd = fds.own(os.pidfd_open(pid))
+            os.write(opener, b"g")
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for fd in (writer, gate, opener):
+                os.close(fd)
+        self.pid = pid
+        self._report = fds.own(reader)
+        os.set_blocking(self._report, False)
+        stat = proof.read_stat(pid)
+        self._main_start = stat.start_time if stat else 0
 
     def attach(self, loop: Loop, owner: Owner) -> None:
         self._loop = loop
         self._owner = owner
-        try:
-            self._fork()
-        except OSError as error:
-            owner.could_not_start(error, f"fork: {errno_name(error.errno or 0)}")
-        finally:
-            self._close_child_ends()
-
-    def _fork(self) -> None:
-        with fds.making():
-            reader, writer = fds.pipe()
-            gate, opener = fds.pipe()
-            parent = os.getpid()
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            try:
-                pid = os.fork()
-                if pid == 0:
-                    child.run_forked(
-                        self._command,
-                        self._stdio,
-                        self._prctl,
-                        parent,
-                        writer,
-                        (reader, opener),
-                        gate,
-                    )
-                # Another thread of the host may be in waitpid(-1): the child must not end before
-                # its pidfd is open.
-                self._main_pidfd = fds.own(os.pidfd_open(pid))
-                os.write(opener, b"g")
-            except OSError:
-                os.close(reader)
-                raise
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                for fd in (writer, gate, opener):
-                    os.close(fd)
-            self.pid = pid
-            self._report = fds.own(reader)
-        os.set_blocking(self._report, False)
-        stat = proof.read_stat(pid)
-        self._main_start = stat.start_time if stat else 0
         self._loop.register(self._report, READ, self._reported)
 
     def _reported(self, _mask: int) -> None:
@@ -186,7 +163,9 @@ class GroupContained(Contained):
         members = self._find()
         leftovers = tuple(_member(stat) for _, stat in members[:MEMBERS_REPORTED])
         self._watch(members)
-        self._owner.happened(Event.MAIN_EXITED, status=status, leftovers=leftovers)
+        self._owner.happened(
+            Event.MAIN_EXITED, status=status, leftovers=leftovers, empty=not leftovers
+        )
         self._look_for_empty()
 
     def _search(self) -> Search:
@@ -253,13 +232,12 @@ class GroupContained(Contained):
         except ProcessLookupError:
             return False
         except PermissionError as error:
-            events.warning(
-                "signal.denied",
-                tree_id=self.tree_id,
-                pid=-self.pid,
-                errno=errno_name(error.errno or 0),
-            )
+            self._denied(-self.pid, error)
         return True
+
+    def _denied(self, pid: int, error: OSError) -> None:
+        name = errno_name(error.errno or 0)
+        events.warning("signal.denied", tree_id=self.tree_id, pid=pid, errno=name)
 
     def _still_ours(self) -> bool:
         return self._main_pidfd >= 0 and proof.holds_number(self._main_pidfd)
@@ -268,7 +246,7 @@ class GroupContained(Contained):
         self._serial += 1
         serial = self._serial
         count, denied = self._send(stage, resume=resume)
-        self._loop.post(lambda: self._owner.sent(serial, count, denied))
+        self._owner.sent(serial, count, denied)
         self._loop.post(self._look_for_empty)
         return serial
 
@@ -291,8 +269,9 @@ class GroupContained(Contained):
                     self._resume(pidfd, stat.pid)
             except ProcessLookupError:
                 pass
-            except OSError:
+            except OSError as error:
                 denied += 1
+                self._denied(stat.pid, error)
         self._watch(members)
         return count, denied
 
@@ -320,7 +299,10 @@ class GroupContained(Contained):
 
     def survey(self) -> None:
         members = self._find()
-        survivors = [_member(stat) for _, stat in members[:MEMBERS_REPORTED]]
+        survivors = [
+            _member(stat)._replace(error=_signal_error(pidfd))
+            for pidfd, stat in members[:MEMBERS_REPORTED]
+        ]
         if not self._main_exited and self.pid is not None:
             main = proof.read_stat(self.pid)
             if main is not None and not main.dead:
@@ -353,6 +335,17 @@ class GroupContained(Contained):
                 self._reap()
             else:
                 self._loop.register(self._main_pidfd, READ, lambda _mask: self._reap())
+
+
+def _signal_error(pidfd: int) -> int:
+    """errno when the process may not be signalled, else 0."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return 0
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 def _member(stat: Stat) -> Member:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from proctree import events, protocol
 from proctree.command import Command
-from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner
+from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner, proc_trouble
 from proctree.errors import ContainmentUnavailable, errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
@@ -78,24 +78,14 @@ class WardenContained(Contained):
             return None
         if not os.access(path, os.X_OK):
             return f"the helper {path} is missing or not executable"
-        try:
-            self_pid = os.readlink("/proc/self")
-        except OSError as error:
-            return f"/proc is not readable ({errno_name(error.errno or 0)})"
-        if self_pid != str(os.getpid()):
-            return "/proc belongs to another PID namespace"
-        _found.add(key)
-        return None
+        trouble = proc_trouble()
+        if trouble is None:
+            _found.add(key)
+        return trouble
 
     # -- making it
 
-    def spawn(
-        self,
-        command: Command,
-        stdio: Descriptors,
-        policy: KillPolicy,
-        close_child_ends: Callable[[], None],
-    ) -> None:
+    def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
         self._command = command
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control = fds.above_stdio(theirs.detach())
@@ -117,7 +107,6 @@ class WardenContained(Contained):
             raise
         finally:
             os.close(control)
-            close_child_ends()
 
     def _arguments(self, command: Command, control: int) -> list[bytes]:
         arguments = [
@@ -212,11 +201,13 @@ class WardenContained(Contained):
         self._when_reaped(lambda: self._owner.could_not_start(error, detail))
 
     def _take_exited(self, message: Message) -> None:
-        status, _leftovers, *usage = message.values
+        status, some_left, *usage = message.values
         self.exit_usage = _usage(*usage)
         self._main_exited = True
         leftovers, self._members = tuple(self._members), []
-        self._owner.happened(Event.MAIN_EXITED, status=status, leftovers=leftovers)
+        self._owner.happened(
+            Event.MAIN_EXITED, status=status, leftovers=leftovers, empty=not some_left
+        )
 
     def _take_members(self, message: Message) -> None:
         room = MEMBERS_REPORTED - len(self._members)
