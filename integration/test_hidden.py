@@ -81,6 +81,7 @@ def test_a_set_uid_descendant(containment: str, hide: bool, what: str) -> None:
         os.mkfifo(f"{fifo}.go")
         copy_packages(PACKAGES[:4], folder / "site")
         open_to_all(folder)
+        os.chmod(f"{fifo}.go", 0o666)
         program.chmod(0o4755)
         mount = f'mount -t proc -o hidepid={2 if hide else 0} proc /proc && exec "$@"'
         # To files: the survivor holds a pipe open for as long as it lives.
