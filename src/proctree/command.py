@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 TREE_VARIABLE = "PROCTREE_TREE"
@@ -42,7 +42,10 @@ class Command(NamedTuple):
 def _encode(value: Any, argument: str) -> bytes:
     if not isinstance(value, (str, bytes, os.PathLike)):
         raise TypeError(f"{argument}: str, bytes or a path, not {value!r}")
-    encoded = os.fsencode(value)
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{argument}: {value!r} cannot be encoded: {error.reason}") from None
     if b"\0" in encoded:
         raise ValueError(f"{argument}: embedded null byte")
     return encoded
@@ -93,12 +96,13 @@ def _name(name: Any, default: str) -> str:
         return default
     if not isinstance(name, str):
         raise TypeError(f"name: a string, not {name!r}")
-    if "\0" in name:
-        raise ValueError("name: embedded null byte")
+    _encode(name, "name")
     return name
 
 
 def _pass_fds(fds: Any) -> tuple[int, ...]:
+    if isinstance(fds, (str, bytes)) or not isinstance(fds, Iterable):
+        raise TypeError(f"pass_fds: descriptor numbers, not {fds!r}")
     result = []
     for fd in fds:
         if isinstance(fd, bool) or not isinstance(fd, int):
@@ -107,8 +111,8 @@ def _pass_fds(fds: Any) -> tuple[int, ...]:
             raise ValueError(f"pass_fds: {fd} is a standard stream: use stdin, stdout, stderr")
         try:
             os.fstat(fd)
-        except OSError as error:
-            raise ValueError(f"pass_fds: {fd} is not open: {error.strerror}") from None
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"pass_fds: {fd} is not open: {error}") from None
         result.append(fd)
     return tuple(sorted(set(result)))
 

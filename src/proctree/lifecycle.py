@@ -63,8 +63,8 @@ class Event(enum.Enum):
     STAGE_DUE = "stage due"
     """The stage timer ran out."""
     MAIN_EXITED = "main exited"
-    """`status` (as waitpid(2), or None when it was stolen), `leftovers`, and `empty`: that nothing is
-    left. What is left need not be visible."""
+    """`status` (as waitpid(2), or None when it was stolen), `leftovers`, and `empty`: whether
+    nothing is left. What is left need not be visible."""
     EMPTY = "tree empty"
     """Proved: no process of the tree is left."""
     SURVEYED = "surveyed"

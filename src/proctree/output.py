@@ -8,7 +8,6 @@ on the way and nothing piles up.
 from __future__ import annotations
 
 import io
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,9 @@ DEFAULT_CAPTURE = 64 * 1024 * 1024
 DEFAULT_LINE = 1024 * 1024
 PENDING_MAX = 512 * 1024
 """Bytes that may wait for a callback before reading stops."""
+
+PENDING_PIECES_MAX = 1024
+"""How many pieces they may be: a byte at a time costs more memory than its byte."""
 
 
 class LineCutter:
@@ -49,9 +51,10 @@ class LineCutter:
         block = self._rest + data[:cut] if self._rest else data[:cut]
         self._rest = data[cut + 1 :]
         if len(block) <= self._max:
-            return block.decode(self._encoding, "replace").split("\n")
+            lines = block.decode(self._encoding, "replace").split("\n")
+            return lines + self._pieces() if len(self._rest) > self._max else lines
         lines = [piece for line in block.split(b"\n") for piece in self._cut(line)]
-        return lines + self._pieces() if len(self._rest) >= self._max else lines
+        return lines + self._pieces() if len(self._rest) > self._max else lines
 
     def finish(self) -> list[str]:
         """What was left without a newline at the end."""
@@ -64,8 +67,9 @@ class LineCutter:
         return [line[at : at + size].decode(self._encoding, "replace") for at in starts]
 
     def _pieces(self) -> list[str]:
-        whole = len(self._rest) // self._max * self._max
-        if whole == 0:
+        # A line of exactly the greatest length may still end here: only what is behind is cut off.
+        whole = (len(self._rest) - 1) // self._max * self._max
+        if whole <= 0:
             return []
         pieces, self._rest = self._cut(self._rest[:whole]), self._rest[whole:]
         return pieces
@@ -74,14 +78,13 @@ class LineCutter:
 class CaptureSink:
     """Keeps the head and the tail of a stream."""
 
-    __slots__ = ("_head", "_head_limit", "_length", "_limit", "_tail", "_tail_size")
+    __slots__ = ("_head", "_head_limit", "_length", "_limit", "_tail")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._head_limit = limit
         self._head = io.BytesIO()
-        self._tail: deque[bytes] = deque()
-        self._tail_size = 0
+        self._tail = bytearray()
         self._length = 0
 
     def feed(self, data: memoryview) -> bool:
@@ -104,18 +107,17 @@ class CaptureSink:
             self._head.seek(half)
             data = self._head.read() + data
             self._head.truncate(half)
-        self._tail.append(data)
-        self._tail_size += len(data)
+        self._tail += data
         room = self._limit - self._head_limit
-        while self._tail_size - len(self._tail[0]) >= room:
-            self._tail_size -= len(self._tail.popleft())
+        if len(self._tail) > 2 * room:  # not at every byte: cutting the front off moves the rest
+            del self._tail[:-room]
 
     def result(self) -> tuple[bytes, Cut | None]:
         """What was kept, and what is missing in it."""
         if not self._tail:
             return self._head.getvalue(), None
         room = self._limit - self._head_limit
-        tail = b"".join(self._tail)[-room:]
+        tail = bytes(self._tail[-room:])
         head = self._head.getvalue()
         missing = self._length - len(head) - len(tail)
         cut = Cut(len(head), missing) if missing else None
@@ -145,17 +147,20 @@ class CallbackSink:
         # Two counters with one writer each: `-=` on a shared one would lose updates.
         self._fed = 0
         self._done = 0
+        self._fed_pieces = 0
+        self._done_pieces = 0
         self._paused = False
         self._dropped = False
 
     def feed(self, data: bytes) -> bool:
         """Returns False when reading has to stop until `resume`."""
         self._fed += len(data)
+        self._fed_pieces += 1
         self._worker.post(lambda: self._run(data))
         # Said before the worker's progress is read: if it finishes in between, either we see that
         # here or it sees this there. Both at once is a resume too many, which does no harm.
         self._paused = True
-        if self._fed - self._done < PENDING_MAX:
+        if self._has_room(1):
             self._paused = False
         return not self._paused
 
@@ -163,8 +168,17 @@ class CallbackSink:
         if not self._dropped:
             self._deliver(data)
         self._done += len(data)
-        if self._paused and self._fed - self._done < PENDING_MAX // 2:
+        self._done_pieces += 1
+        if self._paused and self._has_room(2):
             self._resume()
+
+    def _has_room(self, fraction: int) -> bool:
+        """Whether less than a `fraction` of what may wait is waiting."""
+        pieces = self._fed_pieces - self._done_pieces
+        return (
+            self._fed - self._done < PENDING_MAX // fraction
+            and pieces < PENDING_PIECES_MAX // fraction
+        )
 
     def end(self, done: Callable[[], None]) -> None:
         """No more bytes; calls `done` on the worker after the last callback."""

@@ -59,6 +59,12 @@ class Lines:
         # LookupError for an unknown one, now and not in the middle.
         if "\n".encode(self.encoding) != b"\n":
             raise ValueError(f"encoding: {self.encoding!r} does not write a newline as one byte")
+        try:
+            b"\xff".decode(self.encoding, "replace")
+        except UnicodeError:
+            raise ValueError(
+                f"encoding: {self.encoding!r} cannot replace what is invalid"
+            ) from None
 
 
 @attrs.frozen

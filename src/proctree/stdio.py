@@ -75,7 +75,7 @@ def _common(value: Any, argument: str) -> Any:
     if fileno is not None:
         try:
             number = fileno()
-        except (OSError, io.UnsupportedOperation) as error:
+        except (OSError, ValueError, io.UnsupportedOperation) as error:
             raise ValueError(f"{argument}: {value!r} has no descriptor: {error}") from None
         _check_open(number, argument)
         return number
@@ -87,8 +87,8 @@ def _check_open(fd: int, argument: str) -> None:
         raise ValueError(f"{argument}: {fd} is not a descriptor")
     try:
         os.fstat(fd)
-    except OSError as error:
-        raise ValueError(f"{argument}: descriptor {fd} is not open: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{argument}: descriptor {fd} is not open: {error}") from None
 
 
 def _output(value: Any, argument: str) -> Any:
@@ -207,7 +207,11 @@ class Streams:
     # -- on the loop
 
     def attach(self, loop: Loop, tree: Tree) -> None:
-        """Wraps our ends; nothing is read before `start`."""
+        """Wraps our ends; nothing is read before `start`.
+
+        Raises:
+            Exception: what the host's logger raised when it was looked up.
+        """
         if self._input_fd is not None:
             self._input = InputStream(loop, self._input_fd, self._stdin)
         for name, fd in self._output_fds.items():
@@ -256,6 +260,11 @@ class Streams:
         self.close_input()
         for stream in self._streams.values():
             stream.close()
+        for name, fd in self._output_fds.items():
+            if name not in self._streams:
+                fds.close(fd)
+        if self._input is None and self._input_fd is not None:
+            fds.close(self._input_fd)
 
     def captured(self) -> tuple[Captured, Captured]:
         """(stdout, stderr), each its bytes or None, and what was cut out of them."""

@@ -66,6 +66,7 @@ class Tree:
         # Taking the token is one atomic step, so that only one launch wins.
         self._token: deque[object] = deque([object()])
         self._made = False
+        self._defective = False
         self._deferred: list[Stage] = []
         self._queue: deque[tuple[Event, dict[str, Any]]] = deque()
         self._handling = False
@@ -136,15 +137,15 @@ class Tree:
             with fds.making():
                 try:
                     stdio = self._streams.open()
+                    # Before there is a process: a logger of the host's may raise here.
+                    self._streams.attach(self._loop, self)
                     self.contained.spawn(self.command, stdio, self.policy)
                 finally:
                     self._streams.close_child_ends()
         except Exception as error:
-            self._streams.attach(self._loop, self)
             self.could_not_start(error, str(error))
             return
         self._made = True
-        self._streams.attach(self._loop, self)
         self._streams.start()
         if self._timeout is not None:
             self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
@@ -171,11 +172,28 @@ class Tree:
                 event, payload = self._queue.popleft()
                 self._note(event, payload)
                 for action, argument in self.life.handle(event, **payload):
-                    self._PERFORM[action](self, argument)
+                    self._perform(action, argument)
         finally:
             self._handling = False
         if not self.started.is_set() and self.life.state not in (State.NEW, State.STARTING):
             self.started.set()
+
+    def _perform(self, action: Action, argument: Any) -> None:
+        try:
+            self._PERFORM[action](self, argument)
+        except Exception as error:
+            # Ours to mend, but until then it must not leave a tree that nobody ends: as if what
+            # holds it were lost, it is swept and closed.
+            events.error(
+                "tree.defect",
+                tree_id=self.tree_id,
+                action=action.value,
+                error=repr(error),
+                exc_info=True,
+            )
+            if not self._defective:
+                self._defective = True
+                self._queue.append((Event.LOST, {"detail": f"defect: {error!r}"}))
 
     def _note(self, event: Event, payload: dict[str, Any]) -> None:
         if event is Event.LOST and self.life.state is State.STARTING:

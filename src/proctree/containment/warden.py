@@ -363,7 +363,7 @@ class WardenContained(Contained):
         Worker().post(work)
 
     def root(self) -> int | None:
-        return self._warden if not self._reaped else None
+        return None if self._warden < 0 or self._reaped else self._warden
 
     def close(self) -> None:
         self._drop_control()

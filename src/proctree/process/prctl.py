@@ -71,6 +71,8 @@ class PackagePrctl:
         import prctl
 
         self._module: Any = prctl
+        if not hasattr(prctl, "set_child_subreaper"):
+            raise ImportError("the module prctl that is installed is not python-prctl")
 
     def set_pdeathsig(self, signo: int) -> None:
         self._module.set_pdeathsig(signo)
