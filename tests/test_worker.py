@@ -1,0 +1,129 @@
+"""Jobs in order, one at a time, off the caller's thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from proctree import worker as worker_module
+from proctree.worker import Worker
+
+LONG = 60.0
+
+
+def flush(worker: Worker) -> None:
+    """Returns when everything that was posted before has run."""
+    done = threading.Event()
+    worker.post(done.set)
+    assert done.wait(LONG)
+
+
+def test_jobs_run_in_order_and_one_at_a_time():
+    worker = Worker()
+    order: list[int] = []
+    running = threading.Lock()
+    overlaps: list[int] = []
+
+    def job(number: int) -> Callable[[], None]:
+        def work() -> None:
+            if not running.acquire(blocking=False):
+                overlaps.append(number)
+            else:
+                order.append(number)
+                running.release()
+
+        return work
+
+    for number in range(2000):
+        worker.post(job(number))
+    flush(worker)
+    assert overlaps == []
+    assert order == list(range(2000))
+
+
+def test_post_does_not_wait_for_a_job():
+    worker = Worker()
+    gate = threading.Event()
+    worker.post(lambda: gate.wait(LONG) and None)
+    done = threading.Event()
+    worker.post(done.set)
+    assert not done.is_set()
+    gate.set()
+    assert done.wait(LONG)
+
+
+def test_one_that_blocks_does_not_hold_up_another():
+    gate = threading.Event()
+    blocked = Worker()
+    blocked.post(lambda: gate.wait(LONG) and None)
+    flush(Worker())
+    gate.set()
+    flush(blocked)
+
+
+def test_many_that_block_at_once():
+    """Each needs a thread of its own: they wait for each other."""
+    together = threading.Barrier(20)
+    workers = [Worker() for _ in range(20)]
+    for worker in workers:
+        worker.post(lambda: together.wait(LONG) and None)
+    for worker in workers:
+        flush(worker)
+    assert not together.broken
+
+
+def test_jobs_from_many_threads_are_all_done():
+    worker = Worker()
+    count: list[int] = []
+
+    def post_many() -> None:
+        for _ in range(500):
+            worker.post(lambda: count.append(1))
+
+    threads = [threading.Thread(target=post_many) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    flush(worker)
+    assert len(count) == 2000
+
+
+def test_a_job_may_post():
+    worker = Worker()
+    done = threading.Event()
+    worker.post(lambda: worker.post(done.set))
+    assert done.wait(LONG)
+
+
+def test_only_its_own_jobs_are_on_its_thread():
+    worker, other = Worker(), Worker()
+    seen: list[bool] = []
+    worker.post(lambda: seen.extend([worker.is_current_thread(), other.is_current_thread()]))
+    flush(worker)
+    assert seen == [True, False]
+    assert not worker.is_current_thread()
+
+
+def test_a_worker_that_has_nothing_to_do_claims_no_thread():
+    """Its thread goes on with another worker's jobs, where it must not be taken for this one's."""
+    worker, other = Worker(), Worker()
+    seen: list[bool] = []
+    for _ in range(200):
+        flush(worker)
+        other.post(lambda: seen.append(worker.is_current_thread()))
+        flush(other)
+    assert not any(seen)
+
+
+def test_a_thread_that_is_idle_is_used_again():
+    flush(Worker())
+    for _ in range(20):
+        deadline = time.monotonic() + LONG
+        while not worker_module._threads._idle:  # it has no way to tell that it is idle
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        before = threading.active_count()
+        flush(Worker())
+        assert threading.active_count() <= before
