@@ -232,7 +232,12 @@ class Streams:
             return self._captures[name]
         deliver, finish = self._delivery(name, wanted, tree)
         # The stream is made after its sink, so that the sink looks it up when it needs it.
-        return CallbackSink(tree.worker, deliver, finish, lambda: self._streams[name].resume())
+        return CallbackSink(tree.worker, deliver, finish, lambda: self._resume(name))
+
+    def _resume(self, name: str) -> None:
+        stream = self._streams.get(name)
+        if stream is not None:  # None: closed meanwhile
+            stream.resume()
 
     def _delivery(
         self, name: str, wanted: Any, tree: Tree
@@ -263,8 +268,11 @@ class Streams:
         for name, fd in self._output_fds.items():
             if name not in self._streams:
                 fds.close(fd)
+        self._output_fds.clear()
+        self._streams.clear()
         if self._input is None and self._input_fd is not None:
             fds.close(self._input_fd)
+        self._input, self._input_fd = None, None
 
     def captured(self) -> tuple[Captured, Captured]:
         """(stdout, stderr), each its bytes or None, and what was cut out of them."""

@@ -48,6 +48,24 @@ class Owner(Protocol):
         """What came of `send`."""
 
 
+class Nobody:
+    """The owner of a tree that is closed: nothing that comes late reaches anybody. It also undoes
+    the reference cycle between a tree and its backend, which would leave every tree that ever ran
+    to the garbage collector."""
+
+    def happened(self, event: Event, **payload: Any) -> None:
+        """Too late."""
+
+    def could_not_start(self, error: Exception, detail: str) -> None:
+        """Too late."""
+
+    def sent(self, serial: int, count: int | None, denied: int) -> None:
+        """Too late."""
+
+
+NOBODY = Nobody()
+
+
 class Contained(abc.ABC):
     """One tree in one backend.
 

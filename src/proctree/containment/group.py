@@ -20,7 +20,14 @@ from functools import partial
 
 from proctree import events
 from proctree.command import Command
-from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner, proc_trouble
+from proctree.containment.base import (
+    MEMBERS_REPORTED,
+    NOBODY,
+    Contained,
+    Descriptors,
+    Owner,
+    proc_trouble,
+)
 from proctree.errors import errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
@@ -323,6 +330,7 @@ class GroupContained(Contained):
 
     def close(self) -> None:
         self._closed = True
+        self._owner = NOBODY
         for pidfd in list(self._watched):
             self._forget(pidfd)
         if self._report >= 0:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from proctree import events, protocol
 from proctree.command import Command
-from proctree.containment.base import MEMBERS_REPORTED, Contained, Descriptors, Owner, proc_trouble
+from proctree.containment.base import (
+    MEMBERS_REPORTED,
+    NOBODY,
+    Contained,
+    Descriptors,
+    Owner,
+    proc_trouble,
+)
 from proctree.errors import ContainmentUnavailable, errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
@@ -366,6 +373,7 @@ class WardenContained(Contained):
         return None if self._warden < 0 or self._reaped else self._warden
 
     def close(self) -> None:
+        self._owner = NOBODY
         self._drop_control()
         if self._pidfd < 0:
             return
