@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -377,3 +378,38 @@ def test_stdin_ends_although_a_fork_happened(containment: str) -> None:
     os.waitpid(pid, 0)
     assert outcome is not None
     assert outcome.stdout == b"x" * 3_000_000
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_exceptions_from_signal_handlers_at_any_moment(containment: str) -> None:
+    """KeyboardInterrupt and its like come between any two bytecodes of the main thread: between a
+    process and its being known too, if the main thread made it."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    main = threading.main_thread().ident or 0
+    rounds = 300 if containment == "warden" else 40
+    interrupted = 0
+    old = signal.signal(signal.SIGUSR2, interrupt)
+
+    def later(delay: float) -> None:
+        time.sleep(delay)  # no event: any moment is as good as another
+        signal.pthread_kill(main, signal.SIGUSR2)
+
+    try:
+        for round_ in range(rounds):
+            thread = threading.Thread(target=later, args=(0.003 * round_ / rounds,))
+            try:
+                thread.start()
+                proctree.run(["sleep", "1000"], containment=containment, kill=KillPolicy.now())
+            except Interrupted:
+                interrupted += 1
+            thread.join()
+    finally:
+        signal.signal(signal.SIGUSR2, old)
+    assert interrupted == rounds
+    eventually(lambda: not living(), "every tree has ended")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -133,6 +134,20 @@ def test_a_handler_sets_in_the_middle_of_set():
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+
+
+def test_race_set_comes_just_before_the_waiter_is_in_the_queue():
+    latch = Latch()
+
+    class Queue(deque):  # type: ignore[type-arg]
+        def append(self, gate: object) -> None:
+            latch.set()
+            super().append(gate)
+
+    latch._gates = Queue()
+    waiter = in_thread(latch.wait)
+    waiter.join(LONG)
+    assert not waiter.is_alive()
 
 
 def test_no_wakeup_is_lost_between_set_and_wait():

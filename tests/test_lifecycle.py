@@ -558,3 +558,17 @@ def test_the_first_reason_stays():
     kill(life, reason=Reason.TIMEOUT)
     kill(life, FASTER, reason=Reason.KILLED)
     assert life.reason is Reason.TIMEOUT
+
+
+def test_a_second_kill_never_puts_the_end_off():
+    """Four seconds are less than five, but not less than what is left of them."""
+    life = Lifecycle(KillPolicy.after(5.0), Leftovers.KILL, 0, 0.5)
+    life.handle(Event.SPAWNED)
+    life.handle(Event.STARTED)
+    life.handle(Event.KILL, reason=Reason.KILLED, detail="", policy=None, left=None)
+    again = {"reason": Reason.KILLED, "detail": "", "policy": KillPolicy.after(4.0)}
+    assert life.handle(Event.KILL, **again, left=0.1) == []
+    assert [action for action, _ in life.handle(Event.KILL, **again, left=4.9)] == [
+        Action.SIGNAL,
+        Action.ARM_STAGE,
+    ]

@@ -219,7 +219,7 @@ def test_the_report_of_a_defect_says_where(loop, caplog):
     assert "a_function_with_a_defect" in caplog.text
 
 
-def test_an_event_for_what_has_just_been_unregistered_is_dropped(loop, pipes):
+def test_an_event_for_what_has_just_been_unregistered_is_dropped(loop, pipes, caplog):
     """Two are readable in one turn, and whoever comes first ends the other."""
     (one, one_end), (two, two_end) = pipes[:2]
     calls: list[int] = []
@@ -243,6 +243,7 @@ def test_an_event_for_what_has_just_been_unregistered_is_dropped(loop, pipes):
     for _ in range(3):
         on(loop, lambda: None)
     assert len(calls) == 1
+    assert caplog.records == []
 
 
 def test_unregistering_twice_does_no_harm(loop, pipes):

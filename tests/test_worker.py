@@ -106,24 +106,33 @@ def test_only_its_own_jobs_are_on_its_thread():
     assert not worker.is_current_thread()
 
 
+def when_a_thread_is_idle() -> None:
+    deadline = time.monotonic() + LONG
+    while not worker_module._threads._idle:  # it has no way to tell that it is idle
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_worker_that_has_nothing_to_do_claims_no_thread():
     """Its thread goes on with another worker's jobs, where it must not be taken for this one's."""
     worker, other = Worker(), Worker()
-    seen: list[bool] = []
-    for _ in range(200):
-        flush(worker)
-        other.post(lambda: seen.append(worker.is_current_thread()))
+    idents: list[int] = []
+    seen: list[tuple[int, bool]] = []
+    worker.post(lambda: idents.append(threading.get_ident()))
+    flush(worker)
+    for _ in range(1000):
+        when_a_thread_is_idle()
+        other.post(lambda: seen.append((threading.get_ident(), worker.is_current_thread())))
         flush(other)
-    assert not any(seen)
+        if seen[-1][0] == idents[-1]:
+            break
+    assert seen[-1] == (idents[-1], False)
 
 
 def test_a_thread_that_is_idle_is_used_again():
     flush(Worker())
     for _ in range(20):
-        deadline = time.monotonic() + LONG
-        while not worker_module._threads._idle:  # it has no way to tell that it is idle
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        when_a_thread_is_idle()
         before = threading.active_count()
         flush(Worker())
         assert threading.active_count() <= before

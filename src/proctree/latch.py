@@ -6,6 +6,12 @@ import contextlib
 import threading
 from collections import deque
 
+# A signal that comes between the interpreter's last look for one and the system call that sleeps is
+# not noticed before that sleep ends: its handler, and so a KeyboardInterrupt, would wait as long as
+# we do. The gap is open only at the entry, so a wait is entered a few times: what was missed at one
+# entry is seen at the next. A wait that lasts costs three wake-ups and no more.
+_ENTRIES = (0.01, 0.1, 1.0, threading.TIMEOUT_MAX)
+
 
 class Latch:
     """Like `threading.Event` that is never cleared, with one difference: it holds no lock of its
@@ -40,9 +46,13 @@ class Latch:
         # Looked at again: `set` may have emptied the queue just before the gate was put into it.
         if self._set:
             return True
-        limit = -1.0 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
-        if gate.acquire(timeout=limit):
-            return True
+        limit = threading.TIMEOUT_MAX if timeout is None else max(timeout, 0.0)
+        for slice_ in _ENTRIES:
+            if gate.acquire(timeout=min(slice_, limit, threading.TIMEOUT_MAX)):
+                return True
+            limit -= slice_
+            if limit <= 0:
+                break
         # ValueError: `set` came and took it; IndexError: another waiter changed the queue while it
         # was searched, and then the gate stays there, one lock, until `set`.
         with contextlib.suppress(ValueError, IndexError):

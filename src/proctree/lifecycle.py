@@ -59,7 +59,8 @@ class Event(enum.Enum):
     START_FAILED = "start failed"
     """There is no main process and never was."""
     KILL = "kill"
-    """Somebody wants it to end: `reason`, `detail`, `policy` or None."""
+    """Somebody wants it to end: `reason`, `detail`, `policy` or None, and `left`: how many seconds
+    are left of the stage under way."""
     STAGE_DUE = "stage due"
     """The stage timer ran out."""
     MAIN_EXITED = "main exited"
@@ -200,9 +201,12 @@ class Lifecycle:
         self.stage_index = 0
         return self._send_stage()
 
-    def _remaining(self) -> float:
-        """Seconds that the escalation under way may still take, at most."""
-        return sum(s.grace for s in self.policy.stages[max(self.stage_index - 1, 0) :])
+    def _remaining(self, left: float | None = None) -> float:
+        """Seconds that the escalation under way may still take, at most; `left` of them are left of
+        the present stage (None: all of it)."""
+        stages = self.policy.stages[self.stage_index - 1 :]
+        present = stages[0].grace if left is None else left
+        return present + sum(stage.grace for stage in stages[1:])
 
     def _finish(self) -> State:
         """The tree has ended, or is known not to end: now only its output is left."""
@@ -240,7 +244,13 @@ def _spawned(_life: Lifecycle) -> State:
     return State.STARTING
 
 
-def _kill_new(life: Lifecycle, reason: Reason, detail: str, policy: KillPolicy | None) -> State:
+def _kill_new(
+    life: Lifecycle,
+    reason: Reason,
+    detail: str,
+    policy: KillPolicy | None,
+    left: float | None = None,
+) -> State:
     life._remember_kill(reason, detail, policy)
     return life._close()
 
@@ -260,7 +270,11 @@ def _start_failed(life: Lifecycle, detail: str) -> State:
 
 
 def _kill_starting(
-    life: Lifecycle, reason: Reason, detail: str, policy: KillPolicy | None
+    life: Lifecycle,
+    reason: Reason,
+    detail: str,
+    policy: KillPolicy | None,
+    left: float | None = None,
 ) -> State:
     """Invariant 6: no signal before the main process leads its own group. The first stage waits for
     STARTED, but not longer than the escalation would have taken."""
@@ -275,13 +289,23 @@ def _due_starting(life: Lifecycle) -> State:
     return life._sweep("the main process had not started when it was to end")
 
 
-def _kill_running(life: Lifecycle, reason: Reason, detail: str, policy: KillPolicy | None) -> State:
+def _kill_running(
+    life: Lifecycle,
+    reason: Reason,
+    detail: str,
+    policy: KillPolicy | None,
+    left: float | None = None,
+) -> State:
     life._remember_kill(reason, detail, policy)
     return life._stop()
 
 
 def _kill_stopping(
-    life: Lifecycle, reason: Reason, detail: str, policy: KillPolicy | None
+    life: Lifecycle,
+    reason: Reason,
+    detail: str,
+    policy: KillPolicy | None,
+    left: float | None = None,
 ) -> State:
     """A second kill may only make the end come sooner; otherwise asking again and again would put
     SIGKILL off for ever."""
@@ -290,7 +314,7 @@ def _kill_stopping(
     if (
         policy is not None
         and life.phase is Phase.STAGES
-        and (was_leftover or policy.duration < life._remaining())
+        and (was_leftover or policy.duration < life._remaining(left))
     ):
         life.policy = policy
         return life._stop()
@@ -375,7 +399,11 @@ def _stream_ended_draining(life: Lifecycle) -> State:
 
 
 def _kill_draining(
-    life: Lifecycle, reason: Reason, detail: str, policy: KillPolicy | None
+    life: Lifecycle,
+    reason: Reason,
+    detail: str,
+    policy: KillPolicy | None,
+    left: float | None = None,
 ) -> State:
     if not life.stopping_kill and life.empty:
         life._ask(Action.ARM_DRAIN, life.drain_timeout)

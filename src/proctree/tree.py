@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from proctree import events
@@ -117,7 +118,7 @@ class Tree:
         self._take_token()
         self._loop = loop
         payload = {"reason": reason, "detail": detail, "policy": policy}
-        loop.post(lambda: self.happened(Event.KILL, **payload))
+        loop.post(lambda: self.happened(Event.KILL, **payload, left=self._stage_left()))
 
     def signal(self, stage: Stage) -> None:
         self._loop.post(lambda: self._signal(stage))
@@ -146,6 +147,9 @@ class Tree:
             self.could_not_start(error, str(error))
             return
         self._made = True
+        self._guard(self._watch, "launch")
+
+    def _watch(self) -> None:
         self._streams.start()
         if self._timeout is not None:
             self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
@@ -154,6 +158,12 @@ class Tree:
     def _timed_out(self) -> None:
         detail = f"not done after {self._timeout:g} s"
         self.happened(Event.KILL, reason=Reason.TIMEOUT, detail=detail, policy=None)
+
+    def _stage_left(self) -> float | None:
+        """Seconds until the stage under way is over."""
+        if self._stage_timer is None:
+            return None
+        return max(0.0, self._stage_timer.due - time.monotonic())
 
     # -- on the loop: what happens
 
@@ -172,28 +182,24 @@ class Tree:
                 event, payload = self._queue.popleft()
                 self._note(event, payload)
                 for action, argument in self.life.handle(event, **payload):
-                    self._perform(action, argument)
+                    self._guard(partial(self._PERFORM[action], self, argument), action.value)
         finally:
             self._handling = False
         if not self.started.is_set() and self.life.state not in (State.NEW, State.STARTING):
             self.started.set()
 
-    def _perform(self, action: Action, argument: Any) -> None:
+    def _guard(self, function: Callable[[], None], what: str) -> None:
         try:
-            self._PERFORM[action](self, argument)
+            function()
         except Exception as error:
             # Ours to mend, but until then it must not leave a tree that nobody ends: as if what
             # holds it were lost, it is swept and closed.
             events.error(
-                "tree.defect",
-                tree_id=self.tree_id,
-                action=action.value,
-                error=repr(error),
-                exc_info=True,
+                "tree.defect", tree_id=self.tree_id, at=what, error=repr(error), exc_info=True
             )
             if not self._defective:
                 self._defective = True
-                self._queue.append((Event.LOST, {"detail": f"defect: {error!r}"}))
+                self.happened(Event.LOST, detail=f"defect: {error!r}")
 
     def _note(self, event: Event, payload: dict[str, Any]) -> None:
         if event is Event.LOST and self.life.state is State.STARTING:

@@ -135,8 +135,9 @@ def main(arguments: Sequence[str]) -> int:
         _complain(f"{error.filename}: not found")
         status = EXIT_NOT_FOUND
     except OSError as error:
-        _complain(f"{error.filename}: {error.strerror}")
-        status = EXIT_NOT_EXECUTABLE
+        # Without a file name it is not the command's fault: out of descriptors, or of processes.
+        _complain(f"{error.filename or 'cannot start'}: {error.strerror}")
+        status = EXIT_NOT_EXECUTABLE if error.filename else EXIT_OURS
     except ProctreeError as error:
         ended = handle._tree.ending
         if ended is None or ended.reason is not Reason.KILLED:
