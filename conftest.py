@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     loop.get()  # its two descriptors belong to the process and not to the first test
 
 
-_own_wardens: set[int] = set()
+_own_wardens: set[tuple[int, int]] = set()
 """Those that this process started itself: it must reap them, and nobody does it for it."""
 
 
@@ -39,7 +39,9 @@ def _note_own_wardens() -> None:
 
     def noting(self: WardenContained, *args: Any, **kwargs: Any) -> None:
         spawn(self, *args, **kwargs)
-        _own_wardens.add(self._warden)
+        stat = proof.read_stat(self._warden)
+        if stat is not None:
+            _own_wardens.add((stat.pid, stat.start_time))
 
     WardenContained.spawn = noting  # type: ignore[method-assign]
 
@@ -60,8 +62,9 @@ def _reap_orphans(before: dict[tuple[int, float], str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
             known = (process.pid, process.create_time()) in before
             stat = proof.read_stat(process.pid)
-            ours = stat is None or stat.session == os.getsid(0) or stat.pid in _own_wardens
-            if not known and not ours and stat is not None and stat.dead:
+            if known or stat is None or not stat.dead or stat.session == os.getsid(0):
+                continue
+            if (stat.pid, stat.start_time) not in _own_wardens:
                 os.waitpid(process.pid, os.WNOHANG)
 
 

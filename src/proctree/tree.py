@@ -150,7 +150,6 @@ class Tree:
         self._guard(self._watch, "launch")
 
     def _watch(self) -> None:
-        self._streams.start()
         if self._timeout is not None:
             self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
         self.contained.attach(self._loop, self)
@@ -212,6 +211,8 @@ class Tree:
                 name=self.command.name,
                 containment=self.contained.name,
             )
+            # Not before: what is logged of its output names its pid.
+            self._streams.start()
             for stage in self._deferred:
                 self.contained.send(stage, resume=False)
             self._deferred.clear()
