@@ -135,6 +135,7 @@ bool reap(struct warden *w)
 
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
         w->reaped++;
+        bit_clear(w->killed, pid);
         if (pid == w->main) {
             w->main_reaped = true;
             w->main_status = status;
@@ -145,29 +146,59 @@ bool reap(struct warden *w)
     return by_itself;
 }
 
-/* One SIGKILL to every member.  Returns how many were still able to run before it. */
-static unsigned kill_pass(struct warden *w, struct sent *sent, uint32_t serial, bool first)
+/* What one SIGKILL came to. */
+struct killing {
+    struct sent *sent;
+    unsigned fresh; /* members that were able to run before it */
+    uint32_t serial;
+    bool first; /* the pass that is reported */
+};
+
+static void note_kill(struct warden *w, struct killing *killing, int result, pid_t pid, bool fresh)
 {
-    unsigned fresh = 0;
+    if (result == 0 && fresh)
+        killing->fresh++;
+    if (killing->first)
+        count_result(w, killing->sent, result, pid, killing->serial);
+}
+
+/* A child of ours needs no pidfd, since its number stays its own until we reap it, and no second
+ * look, since it is known which of them have their SIGKILL.  When a large tree is killed, nearly all
+ * of it comes this way: its parents die first, and leave it to us. */
+static bool kill_child(struct warden *w, struct killing *killing, pid_t pid)
+{
+    enum kinship kinship = child_of_ours(pid);
+    if (kinship == NOT_OURS)
+        return false;
+    if (kinship == OURS_ALIVE && bit_set(w->killed, pid))
+        note_kill(w, killing, kill(pid, SIGKILL), pid, true);
+    return true;
+}
+
+static void kill_descendant(struct warden *w, struct killing *killing, pid_t pid)
+{
+    struct process process;
+    int fd = member_open(w, pid, &process);
+    if (fd < 0 || process_dead(&process))
+        return;
+    /* Even one that looks dying gets it: one thread in exit(2) does not end the others. */
+    int result = sys_pidfd_send_signal(fd, SIGKILL);
+    note_kill(w, killing, result, pid, !process_dying(&process));
+}
+
+static void kill_pass(struct warden *w, struct killing *killing)
+{
+    w->skip_killed = true;
     tree_snapshot(w);
-    for (size_t i = 0; i < w->pid_count; i++) {
-        struct process process;
-        int fd = member_open(w, w->pids[i], &process);
-        if (fd < 0 || process_dead(&process))
-            continue;
-        /* Even one that looks dying gets it: one thread in exit(2) does not end the others. */
-        int result = sys_pidfd_send_signal(fd, SIGKILL);
-        if (result == 0 && !process_dying(&process))
-            fresh++;
-        if (first)
-            count_result(w, sent, result, process.pid, serial);
-    }
+    for (size_t i = 0; i < w->pid_count; i++)
+        if (!kill_child(w, killing, w->pids[i]))
+            kill_descendant(w, killing, w->pids[i]);
+    w->skip_killed = false;
     tree_forget(w);
     /* Whatever the group has forked meanwhile, in one call; only while its number is certainly
      * still its own. */
     if (!w->main_reaped)
         kill(-w->main, SIGKILL);
-    return fresh;
 }
 
 /* Kills to a fixed point: a pass that finds nobody able to run, after which nobody ended by
@@ -178,11 +209,11 @@ void kill_tree(struct warden *w, struct sent *sent, uint32_t serial)
     for (int pass = 0; pass < PASSES_MAX; pass++) {
         if (pass == PASSES_BEFORE_FREEZE)
             freeze_tree(w);
-        bool first = pass == 0 && !w->killing;
-        unsigned fresh = kill_pass(w, sent, serial, first);
-        if (!first)
-            sent->count += fresh;
-        if (!reap(w) && fresh == 0)
+        struct killing killing = {.sent = sent, .serial = serial, .first = pass == 0};
+        kill_pass(w, &killing);
+        if (!killing.first)
+            sent->count += killing.fresh;
+        if (!reap(w) && killing.fresh == 0)
             break;
     }
     if (!w->killing)
@@ -194,6 +225,7 @@ void kill_tree(struct warden *w, struct sent *sent, uint32_t serial)
 void kill_retry(struct warden *w)
 {
     struct sent sent = {0, 0};
+    forget_killed(w); /* one that could not be killed then may be now */
     if (w->kill_backoff < KILL_RETRY_LAST_MS)
         w->kill_backoff *= 2;
     kill_tree(w, &sent, 0);

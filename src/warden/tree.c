@@ -42,8 +42,12 @@ int tree_prepare(struct warden *w)
     void *seen = mmap(NULL, SEEN_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (seen == MAP_FAILED)
         return errno;
+    void *killed = mmap(NULL, SEEN_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (killed == MAP_FAILED)
+        return errno;
     w->pids = pids;
     w->seen = seen;
+    w->killed = killed;
     return 0;
 }
 
@@ -59,19 +63,39 @@ void tree_forget(struct warden *w)
     w->pid_count = 0;
 }
 
-static bool mark_seen(struct warden *w, pid_t pid)
+void forget_killed(struct warden *w)
 {
-    if (pid <= 0 || pid >= (pid_t)PIDS_MAX)
+    madvise(w->killed, SEEN_BYTES, MADV_DONTNEED);
+}
+
+static bool in_range(pid_t pid)
+{
+    return pid > 0 && pid < (pid_t)PIDS_MAX;
+}
+
+bool bit_get(const uint64_t *bits, pid_t pid)
+{
+    return in_range(pid) && (bits[pid / 64] >> (pid % 64) & 1);
+}
+
+/* Returns whether it was not set before. */
+bool bit_set(uint64_t *bits, pid_t pid)
+{
+    if (!in_range(pid) || bit_get(bits, pid))
         return false;
-    uint64_t bit = 1ull << (pid % 64);
-    bool fresh = !(w->seen[pid / 64] & bit);
-    w->seen[pid / 64] |= bit;
-    return fresh;
+    bits[pid / 64] |= 1ull << (pid % 64);
+    return true;
+}
+
+void bit_clear(uint64_t *bits, pid_t pid)
+{
+    if (in_range(pid))
+        bits[pid / 64] &= ~(1ull << (pid % 64));
 }
 
 static void add_candidate(struct warden *w, pid_t pid)
 {
-    if (w->pid_count < PIDS_MAX && mark_seen(w, pid))
+    if (w->pid_count < PIDS_MAX && bit_set(w->seen, pid))
         w->pids[w->pid_count++] = pid;
 }
 
@@ -143,7 +167,8 @@ static int snapshot_by_children(struct warden *w)
         if (error)
             return error;
         for (; next < w->pid_count; next++)
-            expand(w, w->pids[next]);
+            if (!w->skip_killed || !bit_get(w->killed, w->pids[next]))
+                expand(w, w->pids[next]);
     } while (w->pid_count > before);
     return 0;
 }
@@ -166,11 +191,6 @@ static size_t collect_pairs(struct warden *w, pid_t *pairs, size_t capacity)
     return count;
 }
 
-static bool is_seen(const struct warden *w, pid_t pid)
-{
-    return pid > 0 && pid < (pid_t)PIDS_MAX && (w->seen[pid / 64] >> (pid % 64) & 1);
-}
-
 static void snapshot_by_scan(struct warden *w)
 {
     size_t capacity = PIDS_MAX / 4 * 2, before;
@@ -180,7 +200,7 @@ static void snapshot_by_scan(struct warden *w)
     do {
         before = w->pid_count;
         for (size_t i = 0; i + 1 < count; i += 2)
-            if (pairs[i + 1] == w->self || is_seen(w, pairs[i + 1]))
+            if (pairs[i + 1] == w->self || bit_get(w->seen, pairs[i + 1]))
                 add_candidate(w, pairs[i]);
     } while (w->pid_count > before);
 }
@@ -250,12 +270,20 @@ static bool prove_through_parent(struct warden *w, struct process *child, unsign
     return true;
 }
 
-/* /proc may hide what belongs to other users (proc(5), hidepid), as a set-uid program does.  Our own
- * children are known without it: waitid(2) answers for no other process. */
-static bool is_hidden_child(const struct warden *w, pid_t pid, struct process *out)
+/* waitid(2) answers for our own children and for no other process: the cheapest proof of all. */
+enum kinship child_of_ours(pid_t pid)
 {
     siginfo_t info;
+    info.si_pid = 0; /* POSIX leaves it open what WNOHANG writes when nothing has ended */
     if (waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+        return NOT_OURS;
+    return info.si_pid == pid ? OURS_DEAD : OURS_ALIVE;
+}
+
+/* /proc may hide what belongs to other users (proc(5), hidepid), as a set-uid program does. */
+static bool is_hidden_child(const struct warden *w, pid_t pid, struct process *out)
+{
+    if (child_of_ours(pid) != OURS_ALIVE)
         return false;
     *out = (struct process){.pid = pid, .ppid = w->self, .state = '?', .threads = 1};
     return true;

@@ -75,6 +75,8 @@ struct warden {
     pid_t *pids;
     size_t pid_count;
     uint64_t *seen;
+    uint64_t *killed; /* children of ours that have their SIGKILL and are not reaped yet */
+    bool skip_killed; /* a walk that need not look below them */
     struct cached cache[CACHE_SIZE];
     unsigned cache_next;
 };
@@ -105,6 +107,12 @@ int tree_prepare(struct warden *w);
 int tree_snapshot(struct warden *w);
 void tree_forget(struct warden *w);
 int member_open(struct warden *w, pid_t pid, struct process *out);
+enum kinship { NOT_OURS, OURS_ALIVE, OURS_DEAD };
+enum kinship child_of_ours(pid_t pid);
+bool bit_get(const uint64_t *bits, pid_t pid);
+bool bit_set(uint64_t *bits, pid_t pid);
+void bit_clear(uint64_t *bits, pid_t pid);
+void forget_killed(struct warden *w);
 
 /* ending.c: signalling and reaping it. */
 struct sent {
