@@ -78,13 +78,14 @@ class LineCutter:
 class CaptureSink:
     """Keeps the head and the tail of a stream."""
 
-    __slots__ = ("_head", "_head_limit", "_length", "_limit", "_tail")
+    __slots__ = ("_head", "_head_limit", "_length", "_limit", "_ring", "_tail_length")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._head_limit = limit
         self._head = io.BytesIO()
-        self._tail = bytearray()
+        self._ring = memoryview(b"")
+        self._tail_length = 0
         self._length = 0
 
     def feed(self, data: memoryview) -> bool:
@@ -95,33 +96,38 @@ class CaptureSink:
             self._head.write(data[:room])
             data = data[room:]
         if len(data) > 0:
-            self._keep_tail(bytes(data))
+            if not self._ring:
+                self._split()
+            self._keep_tail(data)
         return True
 
-    def _keep_tail(self, data: bytes) -> None:
-        if not self._tail:
-            # It is longer than the limit: from here on the first half stays and the rest of the
-            # head is the beginning of the tail.
-            half = self._limit // 2
-            self._head_limit = half
-            self._head.seek(half)
-            data = self._head.read() + data
-            self._head.truncate(half)
-        self._tail += data
-        room = self._limit - self._head_limit
-        if len(self._tail) > 2 * room:  # not at every byte: cutting the front off moves the rest
-            del self._tail[:-room]
+    def _split(self) -> None:
+        """It is longer than the limit: from here on the first half stays, and the rest of the head
+        is the beginning of the tail, which is a ring: memory that is used again and again."""
+        half = self._limit // 2
+        self._head_limit = half
+        self._ring = memoryview(bytearray(self._limit - half))
+        self._keep_tail(self._head.getbuffer()[half:])
+        self._head.truncate(half)
+
+    def _keep_tail(self, data: memoryview) -> None:
+        size = len(self._ring)
+        data = data[-size:] if len(data) > size else data
+        at = self._tail_length % size
+        first = min(len(data), size - at)
+        self._ring[at : at + first] = data[:first]
+        self._ring[: len(data) - first] = data[first:]
+        self._tail_length += len(data)
 
     def result(self) -> tuple[bytes, Cut | None]:
         """What was kept, and what is missing in it."""
-        if not self._tail:
+        if not self._ring:
             return self._head.getvalue(), None
-        room = self._limit - self._head_limit
-        tail = bytes(self._tail[-room:])
+        at = self._tail_length % len(self._ring)
         head = self._head.getvalue()
-        missing = self._length - len(head) - len(tail)
+        missing = self._length - len(head) - len(self._ring)
         cut = Cut(len(head), missing) if missing else None
-        return head + tail, cut
+        return b"".join((head, self._ring[at:], self._ring[:at])), cut
 
 
 class CallbackSink:

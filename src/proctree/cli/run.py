@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from argparse import REMAINDER, ArgumentParser
+from argparse import REMAINDER, ArgumentParser, HelpFormatter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -35,6 +35,8 @@ class _Parser(ArgumentParser):
 
 def _parser() -> ArgumentParser:
     parser = _Parser(
+        # With a width of its own: to find the terminal's, argparse imports half of the library.
+        formatter_class=lambda prog: HelpFormatter(prog, width=100),
         prog="proctree run",
         usage="proctree run [OPTIONS] -- COMMAND [ARGUMENT...]",
         description="Runs a command and ends its whole process tree with it.",
