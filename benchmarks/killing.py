@@ -9,10 +9,10 @@ up and waiting, and the first call that ends it is about to be made. The clock s
   psutil     when `wait_procs` returns after the idiom of its documentation: list the children
              recursively, kill each, wait for all.
 
-Orphans are reaped by the nearest subreaper, or by PID 1 whenever it gets around to that. The target
-is about psutil as programs use it, which depends on PID 1. Beside it stands psutil in a process that
-is a subreaper and reaps the orphans itself: what the idiom costs where PID 1 is quick. (Our own tree
-is reaped by its warden in any case.)
+Orphans are reaped by the nearest subreaper, or by PID 1 whenever it gets around to that. The
+target is about psutil as programs use it, which depends on PID 1. Beside it stands psutil in a
+process that is a subreaper and reaps the orphans itself: what the idiom costs where PID 1 is quick.
+(Our own tree is reaped by its warden in any case.)
 """
 
 from __future__ import annotations

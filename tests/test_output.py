@@ -156,7 +156,9 @@ def held(sink: CaptureSink) -> int:
     while seen:
         value = seen.pop()
         size += sys.getsizeof(value)
-        if not isinstance(value, (bytes, bytearray, str, int, io.BytesIO)):
+        if isinstance(value, memoryview):
+            size += value.nbytes
+        elif not isinstance(value, (bytes, bytearray, str, int, io.BytesIO)):
             seen.extend(value)  # type: ignore[call-overload]
     return size
 

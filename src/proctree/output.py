@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from proctree import events
 from proctree.records import Cut
 from proctree.worker import Worker
-
-if TYPE_CHECKING:
-    from proctree.sinks import Log
 
 DEFAULT_CAPTURE = 64 * 1024 * 1024
 DEFAULT_LINE = 1024 * 1024
@@ -253,18 +249,3 @@ def line_delivery(
                 errors.caught(stream, exception)
 
     return lambda data: call(cutter.feed(data)), lambda: call(cutter.finish())
-
-
-def log_callback(log: Log, stream: str, tree_id: str, pid: Callable[[], int | None]) -> Any:
-    """The line callback for `Log`."""
-    logger = log.logger
-    if logger is None:
-        import structlog
-
-        logger = structlog.get_logger("proctree")
-    emit = getattr(logger, log.level)
-
-    def callback(line: str) -> None:
-        emit(log.event, line=line, stream=stream, pid=pid(), tree_id=tree_id)
-
-    return callback

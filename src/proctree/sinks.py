@@ -82,3 +82,18 @@ class Log:
     level: str = "info"
     event: str = "process.output"
     max_length: int = attrs.field(default=DEFAULT_LINE, validator=_positive)
+
+
+def log_callback(log: Log, stream: str, tree_id: str, pid: Callable[[], int | None]) -> Any:
+    """The line callback for `Log`."""
+    logger = log.logger
+    if logger is None:
+        import structlog
+
+        logger = structlog.get_logger("proctree")
+    emit = getattr(logger, log.level)
+
+    def callback(line: str) -> None:
+        emit(log.event, line=line, stream=stream, pid=pid(), tree_id=tree_id)
+
+    return callback

@@ -10,24 +10,39 @@ import enum
 import io
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from proctree.loop import Loop
 from proctree.output import (
     DEFAULT_CAPTURE,
+    CallbackErrors,
     CallbackSink,
     CaptureSink,
     LineCutter,
     chunk_delivery,
     line_delivery,
-    log_callback,
 )
 from proctree.process import fds
 from proctree.records import Cut
 from proctree.streams import InputStream, OutputStream, widen
+from proctree.worker import Worker
 
-if TYPE_CHECKING:
-    from proctree.tree import Tree
+
+class StreamOwner(Protocol):
+    """The tree whose streams they are."""
+
+    tree_id: str
+    worker: Worker
+    callback_errors: CallbackErrors
+
+    @property
+    def pid(self) -> int | None:
+        """The main process, or None before it has started."""
+        ...
+
+    def stream_ended(self) -> None:
+        """One stream has ended and all of it was delivered; on the loop."""
+
 
 Captured = tuple[bytes | None, Cut | None]
 
@@ -206,7 +221,7 @@ class Streams:
 
     # -- on the loop
 
-    def attach(self, loop: Loop, tree: Tree) -> None:
+    def attach(self, loop: Loop, tree: StreamOwner) -> None:
         """Wraps our ends; nothing is read before `start`.
 
         Raises:
@@ -224,7 +239,7 @@ class Streams:
         for stream in self._streams.values():
             stream.start()
 
-    def _sink(self, name: str, tree: Tree) -> CaptureSink | CallbackSink:
+    def _sink(self, name: str, tree: StreamOwner) -> CaptureSink | CallbackSink:
         wanted = self._stdout if name == "stdout" else self._stderr
         limit = DEFAULT_CAPTURE if wanted is Stdio.CAPTURE else getattr(wanted, "limit", None)
         if limit is not None:
@@ -240,9 +255,9 @@ class Streams:
             stream.resume()
 
     def _delivery(
-        self, name: str, wanted: Any, tree: Tree
+        self, name: str, wanted: Any, tree: StreamOwner
     ) -> tuple[Callable[[bytes], None], Callable[[], None]]:
-        from proctree.sinks import Chunks, Lines
+        from proctree.sinks import Chunks, Lines, log_callback
 
         errors = tree.callback_errors
         if isinstance(wanted, Chunks):
@@ -250,7 +265,7 @@ class Streams:
         if isinstance(wanted, Lines):
             cutter = LineCutter(wanted.max_length, wanted.encoding)
             return line_delivery(wanted.callback, cutter, name, errors)
-        callback = log_callback(wanted, name, tree.tree_id, lambda: tree.contained.pid)
+        callback = log_callback(wanted, name, tree.tree_id, lambda: tree.pid)
         return line_delivery(callback, LineCutter(wanted.max_length), name, errors)
 
     def drain(self) -> None:

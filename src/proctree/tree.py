@@ -86,6 +86,10 @@ class Tree:
         """Whether a launch or a kill was asked for: then there will be an outcome."""
         return not self._token
 
+    @property
+    def pid(self) -> int | None:
+        return self.contained.pid
+
     def _take_token(self) -> bool:
         try:
             self._token.pop()

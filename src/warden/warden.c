@@ -19,7 +19,8 @@
  *   tree.c     who is in the tree, and the proof of it
  *   ending.c   signal it, freeze it, kill it, reap it
  *   spawn.c    start or adopt the main process
- *   channel.c  messages                               (protocol.h) */
+ *   channel.c  messages                               (protocol.h)
+ *   system.c   the system calls that libc does not wrap */
 #define _GNU_SOURCE
 #include "warden.h"
 
@@ -30,40 +31,14 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
-
-#ifndef SYS_pidfd_send_signal
-#define SYS_pidfd_send_signal 424
-#endif
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
 
 /* How long a supervisor may take to act on a signal that asked the warden to end, before the
  * warden ends the tree by itself: a stopped supervisor must not keep it alive. */
 #define ASKED_PATIENCE_MS 1000
 
 enum verdict { GO_ON, FINISHED, GIVEN_UP };
-
-int sys_pidfd_open(pid_t pid)
-{
-    return (int)syscall(SYS_pidfd_open, pid, 0);
-}
-
-int sys_pidfd_send_signal(int fd, int signo)
-{
-    return (int)syscall(SYS_pidfd_send_signal, fd, signo, NULL, 0);
-}
-
-int64_t now_ms(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
 
 /* ---- The orphan plan ---- */
 

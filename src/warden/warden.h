@@ -145,7 +145,7 @@ void send_exited(struct warden *w, uint32_t leftovers);
 void send_empty(struct warden *w);
 uint32_t send_members(struct warden *w, uint32_t serial);
 
-/* The system calls that glibc 2.31 does not wrap yet. */
+/* system.c */
 int sys_pidfd_open(pid_t pid);
 int sys_pidfd_send_signal(int fd, int signo);
 int64_t now_ms(void);
