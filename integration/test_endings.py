@@ -304,6 +304,19 @@ def test_the_context_manager_ends_the_tree(actors: str, containment: str) -> Non
     assert not living()
 
 
+def test_without_a_helper_auto_falls_back_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "no-warden")
+    monkeypatch.setenv(WARDEN_VARIABLE, missing)
+    outcomes = [proctree.run(["true"]) for _ in range(2)]
+    assert [outcome.containment for outcome in outcomes] == ["group", "group"]
+    assert len(caplog.records) == 1
+    assert "containment.fallback containment='group'" in caplog.text
+    with pytest.raises(proctree.ContainmentUnavailable, match=f"{missing} is missing"):
+        proctree.run(["true"], containment="warden")
+
+
 def test_usage_is_the_whole_trees() -> None:
     burn = "sum(range(3_000_000))"
     script = f"{sys.executable} -S -c '{burn}'; {sys.executable} -S -c '{burn}'"
