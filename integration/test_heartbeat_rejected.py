@@ -33,15 +33,15 @@ os.setsid()
 if os.fork():
     os._exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("grandchild", os.getpid(), flush=True)
+os.write(1, b"grandchild %d\\n" % os.getpid())
 while True:
     signal.pause()
 """
 
 TASK = """
-import subprocess, sys, signal
+import os, subprocess, sys, signal
 subprocess.run([sys.executable, "-S", "-c", {grandchild!r}])
-print("task up", flush=True)
+os.write(1, b"task up\\n")  # in one piece, whatever PYTHONUNBUFFERED says
 signal.pause()
 """
 

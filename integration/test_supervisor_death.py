@@ -40,7 +40,7 @@ sys.stdin.readline()
 handle.kill()
 while handle.state is not proctree.State.STOPPING:
     pass
-print("killing", flush=True)
+os.write(1, b"killing\\n")
 signal.pause()
 """
 )
@@ -187,9 +187,9 @@ def test_with_a_callable(actors: str, lifeline: Lifeline) -> None:
 def test_group_takes_the_main_process_along(actors: str) -> None:
     """What the group backend promises here: the main process, by PR_SET_PDEATHSIG."""
     code = f"""
-import signal, proctree
+import os, signal, proctree
 handle = proctree.WatchedSubprocess.start([{actors!r}, "ignore"], containment="group")
-print(handle.pid, flush=True)
+os.write(1, b"%d\\n" % handle.pid)  # in one piece: the child writes to the same pipe
 signal.pause()
 """
     supervisor = start_supervisor(code)
