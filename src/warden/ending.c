@@ -170,8 +170,13 @@ static bool kill_child(struct warden *w, struct killing *killing, pid_t pid)
     enum kinship kinship = child_of_ours(pid);
     if (kinship == NOT_OURS)
         return false;
-    if (kinship == OURS_ALIVE && bit_set(w->killed, pid))
-        note_kill(w, killing, kill(pid, SIGKILL), pid, true);
+    if (kinship == OURS_ALIVE && bit_set(w->killed, pid)) {
+        /* In an earlier pass it may have had its SIGKILL as somebody else's child. */
+        struct process process;
+        bool again = !killing->first && process_read(w->proc, pid, &process) == 0 &&
+                     process_dying(&process);
+        note_kill(w, killing, kill(pid, SIGKILL), pid, !again);
+    }
     return true;
 }
 

@@ -198,7 +198,9 @@ static int run_child(void *argument)
 struct failure spawn_main(struct warden *w)
 {
     struct child child = {.warden = w};
-    _Alignas(16) char stack[CHILD_STACK];
+    /* Static, and not in our own frame: what the child leaves on it is nobody's business, least of all
+     * that of a sanitizer, which would take its marks for ours. */
+    static _Alignas(16) char stack[CHILD_STACK];
 
     pid_t pid = clone(run_child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, &child);
     if (pid < 0)

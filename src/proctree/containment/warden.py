@@ -365,7 +365,10 @@ class WardenContained(Contained):
         def work() -> None:
             survivors = sweep(search)
             self._kill_warden()
-            self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=survivors))
+            self._loop.post(lambda: self._when_reaped(lambda: say(survivors)))
+
+        def say(survivors: tuple[Member, ...]) -> None:
+            self._owner.happened(Event.SURVEYED, survivors=survivors)
 
         Worker().post(work)
 
