@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -315,6 +316,23 @@ def test_without_a_helper_auto_falls_back_and_says_so(
     assert "containment.fallback containment='group'" in caplog.text
     with pytest.raises(proctree.ContainmentUnavailable, match=f"{missing} is missing"):
         proctree.run(["true"], containment="warden")
+
+
+@pytest.mark.parametrize("target", [["sleep", "1000"], lambda: os.execlp("sleep", "sleep", "1000")])
+def test_out_of_descriptors_in_the_middle_of_a_start(
+    containment: str, target: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is there and its pidfd cannot be opened: an error, and nothing is left, not even
+    a zombie (the suite's own check sees to that)."""
+
+    def full(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", full)
+        with pytest.raises(OSError, match="Too many open files"):
+            proctree.run(target, containment=containment)  # type: ignore[arg-type]
+    assert not living()
 
 
 def test_usage_is_the_whole_trees() -> None:

@@ -293,15 +293,14 @@ class Tree:
     def _publish(self, _nothing: None) -> None:
         ending = self.ending = self._make_ending()
         _alive.discard(self)
-        if ending.survivors:
-            for member in ending.survivors:
-                events.warning(
-                    "tree.survivor",
-                    tree_id=self.tree_id,
-                    pid=member.pid,
-                    name=member.name,
-                    why=member.why,
-                )
+        for member in ending.survivors:
+            events.warning(
+                "tree.survivor",
+                tree_id=self.tree_id,
+                pid=member.pid,
+                name=member.name,
+                why=member.why,
+            )
         events.debug(
             "tree.ended",
             tree_id=self.tree_id,

@@ -88,6 +88,7 @@ class GroupContained(Contained):
         gate, opener = fds.pipe()
         parent = os.getpid()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        pid = -1
         try:
             pid = os.fork()
             if pid == 0:
@@ -111,6 +112,10 @@ class GroupContained(Contained):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for fd in (writer, gate, opener):
                 os.close(fd)
+            if pid > 0 and self._main_pidfd < 0:
+                # Its gate is closed, so it ends at once, and nobody else will reap it.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
         self.pid = pid
         self._report = fds.own(reader)
         os.set_blocking(self._report, False)

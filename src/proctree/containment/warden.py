@@ -111,6 +111,10 @@ class WardenContained(Contained):
             self._control = ours
         except BaseException:
             fds.close(ours.detach())
+            if self._warden >= 0:
+                # It had no START, so it ends at this end of file, and nobody else will reap it.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(self._warden, 0)
             raise
         finally:
             os.close(control)
