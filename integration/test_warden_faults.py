@@ -278,7 +278,7 @@ def test_the_scan_for_kernels_without_children_files(actors: str) -> None:
     pid = os.posix_spawn(
         warden_module.warden_path(),
         ["proctree-warden: scan", f"control={theirs.fileno()}", f"supervisor={os.getpid()}"]
-        + ["proc=scan", "--", "sh", "-c", f"setsid {actors} ignore & {actors} ignore & wait"],
+        + ["scan=1", "--", "sh", "-c", f"setsid {actors} ignore & {actors} ignore & wait"],
         os.environ,
         file_actions=[
             (os.POSIX_SPAWN_DUP2, theirs.fileno(), theirs.fileno()),

@@ -101,7 +101,7 @@ int main(void)
 
 @pytest.fixture(scope="module")
 def driver(compile_c) -> str:
-    return str(compile_c(PARSERS_C, WARDEN / "proc.c", *SANITIZE))
+    return str(compile_c(PARSERS_C, WARDEN / "proc.c", WARDEN / "system.c", *SANITIZE))
 
 
 def ask(driver: str, kind: str, texts: list[bytes], capacity: int = 0) -> list[list[object]]:

@@ -36,12 +36,16 @@ LAYOUTS: dict[str, tuple[struct.Struct, list[str]]] = {
     "message_exited": (protocol.EXITED, [*HEADER, "status", "leftovers", *USAGE]),
     "message_member": (
         protocol.MEMBER,
-        ["pid", "ppid", "pgrp", "session", "start_time", "error", "state", "comm"],
+        ["pid", "ppid", "pgrp", "session", "start_time", "error", "tracer", "state", "comm"],
     ),
     "message_signalled": (protocol.SIGNALLED, [*HEADER, "count", "denied"]),
     "message_denied": (protocol.DENIED, [*HEADER, "pid", "error"]),
     "message_asked": (protocol.ASKED, [*HEADER, "signo", "pid", "uid"]),
-    "message_empty": (protocol.EMPTY, [*HEADER, "reaped", *USAGE]),
+    "message_empty": (
+        protocol.EMPTY,
+        [*HEADER, "reaped", *USAGE, "memory_peak", "pids_peak", "oom_kills"],
+    ),
+    "message_stopped": (protocol.STOPPED, [*HEADER, "signo"]),
 }
 
 NUMBERS = [
@@ -49,6 +53,7 @@ NUMBERS = [
     "PROTOCOL_STAGES_MAX",
     "PROTOCOL_MEMBERS_MAX",
     "STAGE_RESUME",
+    "STAGE_FOREGROUND",
     "MEMBERS_MORE",
     "sizeof(struct message_members)",
     "offsetof(struct message_members, count)",
@@ -271,7 +276,7 @@ def test_another_version_is_refused(version):
         decode(data)
 
 
-@pytest.mark.parametrize("number", [0, Type.START, Type.RELEASE, 7, 63, 73, 255])
+@pytest.mark.parametrize("number", [0, Type.START, Type.RELEASE, 7, 63, 74, 255])
 def test_a_type_that_no_warden_sends_is_refused(number):
     with pytest.raises(ProtocolError, match=f"unknown message type {number}"):
         decode(bytes([protocol.VERSION, number]).ljust(16, b"\0"))
@@ -311,7 +316,7 @@ def test_round_trip_of_members(members):
     )
     for pid, start, state, name in members:
         comm = name.encode()[:15]  # as the kernel cuts it, perhaps in the middle of a character
-        data += protocol.MEMBER.pack(pid, 1, 2, 3, start, 4, state.encode(), comm)
+        data += protocol.MEMBER.pack(pid, 1, 2, 3, start, 4, 5, state.encode(), comm)
     message = decode(data.ljust(MEMBERS_SIZE, b"\xff"))
     assert message[:4] == (
         Type.MEMBERS,

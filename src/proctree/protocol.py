@@ -37,11 +37,13 @@ class Type(enum.IntEnum):
     ASKED = 70
     EMPTY = 71
     FAULT = 72
+    STOPPED = 73
 
 
 SCOPES = {Scope.MAIN: 1, Scope.GROUP: 2, Scope.TREE: 3}
 
 STAGE_RESUME = 1
+STAGE_FOREGROUND = 2
 MEMBERS_MORE = 1
 
 STEPS = {
@@ -61,6 +63,23 @@ STEPS = {
     14: "protocol",
     15: "stdio",
     16: "parent",
+    17: "cgroup",
+    18: "limits",
+    19: "namespace",
+    20: "mount",
+    21: "init",
+    22: "registry",
+    23: "setpgid",
+    24: "terminal",
+    25: "oom_score_adj",
+    26: "nice",
+    27: "ionice",
+    28: "affinity",
+    29: "rlimits",
+    30: "groups",
+    31: "gid",
+    32: "uid",
+    33: "no_new_privs",
 }
 
 HEADER = struct.Struct("=BBHI")
@@ -71,11 +90,12 @@ STARTED = struct.Struct("=BBHIiiQ")
 FAILURE = struct.Struct("=BBHIii")
 EXITED = struct.Struct("=BBHIiIQQQ")
 MEMBERS = struct.Struct("=BBHIII")
-MEMBER = struct.Struct("=iiiiQi1s3x16s")
+MEMBER = struct.Struct("=iiiiQii1s7x16s")
 SIGNALLED = struct.Struct("=BBHIII")
 DENIED = struct.Struct("=BBHIii")
 ASKED = struct.Struct("=BBHIiiI")
-EMPTY = struct.Struct("=BBHIQQQQ")
+EMPTY = struct.Struct("=BBHIQQQQQQQ")
+STOPPED = struct.Struct("=BBHIi4x")
 
 _MEMBERS_SIZE = MEMBERS.size + MEMBERS_MAX * MEMBER.size
 
@@ -101,6 +121,7 @@ class RawMember(NamedTuple):
     session: int
     start_time: int
     error: int
+    tracer: int
     state: str
     name: str
 
@@ -114,6 +135,7 @@ _FROM_WARDEN = {
     Type.ASKED: ASKED,
     Type.EMPTY: EMPTY,
     Type.FAULT: FAILURE,
+    Type.STOPPED: STOPPED,
 }
 _BY_NUMBER = {int(type_): (type_, layout) for type_, layout in _FROM_WARDEN.items()}
 
@@ -137,11 +159,14 @@ def encode_start(stages: Sequence[Stage]) -> bytes:
     return START.pack(VERSION, Type.START, 0, 0, len(stages), *values)
 
 
-def encode_signal(serial: int, stage: Stage, *, resume: bool) -> bytes:
-    """SIGNAL: one stage, carried out now. `resume` sends SIGCONT to stopped members."""
+def encode_signal(serial: int, stage: Stage, *, resume: bool, foreground: bool = False) -> bytes:
+    """SIGNAL: one stage, carried out now. `resume` sends SIGCONT to stopped members, `foreground`
+    gives the terminal to the main process's group first."""
     signo, scope, flags, grace_ms = _stage_values(stage)
     if not resume:
         flags = 0
+    if foreground:
+        flags |= STAGE_FOREGROUND
     return SIGNAL.pack(VERSION, Type.SIGNAL, 0, serial, signo, scope, flags, grace_ms)
 
 
@@ -158,13 +183,9 @@ def _decode_members(data: bytes) -> Message:
         raise ProtocolError(f"MEMBERS with {count} members")
     members = []
     for index in range(count):
-        pid, ppid, pgrp, session, start, error, state, comm = MEMBER.unpack_from(
-            data, MEMBERS.size + index * MEMBER.size
-        )
+        *numbers, state, comm = MEMBER.unpack_from(data, MEMBERS.size + index * MEMBER.size)
         name = comm.split(b"\0", 1)[0].decode("utf-8", "replace")
-        members.append(
-            RawMember(pid, ppid, pgrp, session, start, error, state.decode("latin-1"), name)
-        )
+        members.append(RawMember(*numbers, state.decode("latin-1"), name))
     return Message(Type.MEMBERS, flags, serial, (count, total), tuple(members))
 
 

@@ -38,11 +38,18 @@ class Usage(NamedTuple):
     Attributes:
         user, system: CPU seconds of all its processes together.
         max_rss: bytes; the largest resident set of any single process.
+        memory_peak: bytes; the most that the tree used at once. This and the next two are known
+            only with containment `cgroup` and where its controllers are enabled, else 0.
+        pids_peak: the most tasks (processes and threads) that it had at once.
+        oom_kills: how many of its processes the kernel killed for memory.
     """
 
     user: float = 0.0
     system: float = 0.0
     max_rss: int = 0
+    memory_peak: int = 0
+    pids_peak: int = 0
+    oom_kills: int = 0
 
 
 class Member(NamedTuple):
@@ -55,6 +62,8 @@ class Member(NamedTuple):
         state: one letter, field 3 of /proc/PID/stat.
         name: the command name, at most 15 bytes.
         error: errno when it may not be signalled, else 0.
+        tracer: the process that traces it (ptrace(2)), when it is stopped by it or was not let go
+            of after its death; else 0.
     """
 
     pid: int
@@ -63,10 +72,15 @@ class Member(NamedTuple):
     state: str
     name: str
     error: int = 0
+    tracer: int = 0
 
     @property
     def why(self) -> str:
         """Why it could not be ended, for a survivor."""
+        if self.tracer and self.state in "ZX":
+            return f"dead, but held by process {self.tracer}, which traces it"
+        if self.tracer:
+            return f"stopped by process {self.tracer}, which traces it"
         if self.error:
             return f"may not be signalled ({errno_name(self.error)})"
         if self.state == "D":

@@ -86,10 +86,13 @@ void send_empty(struct warden *w)
 {
     struct message_empty message = {.reaped = w->reaped, .usage = usage_of_tree()};
     header_init(&message.header, MESSAGE_EMPTY, 0);
+    cgroup_peaks(w, &message);
+    leave_nothing(w);
     channel_send(w, &message, sizeof message);
 }
 
-static void fill_member(struct message_member *to, const struct process *from, int error)
+static void fill_member(struct message_member *to, const struct process *from, int error,
+                        pid_t tracer)
 {
     *to = (struct message_member){
         .pid = from->pid,
@@ -98,9 +101,15 @@ static void fill_member(struct message_member *to, const struct process *from, i
         .session = from->session,
         .start_time = from->start_time,
         .error = error,
+        .tracer = tracer,
         .state = from->state,
     };
     memcpy(to->comm, from->comm, sizeof to->comm);
+}
+
+static bool may_be_traced(const struct process *process)
+{
+    return process->state == 't' || process_dead(process);
 }
 
 /* Answers a LIST.  Sent in pieces, so that neither side needs memory for a whole tree at once. */
@@ -113,7 +122,11 @@ uint32_t send_members(struct warden *w, uint32_t serial)
     for (size_t i = 0; i < w->pid_count; i++) {
         struct process process;
         int fd = member_open(w, w->pids[i], &process);
-        if (fd < 0 || process_dead(&process))
+        if (fd < 0)
+            continue;
+        /* One that its tracer holds as a zombie cannot be reaped by its parent: ptrace(2). */
+        pid_t tracer = may_be_traced(&process) ? process_tracer(w->proc, process.pid) : 0;
+        if (process_dead(&process) && !tracer)
             continue;
         if (count == PROTOCOL_MEMBERS_MAX) {
             header_init(&message.header, MESSAGE_MEMBERS, serial);
@@ -124,7 +137,7 @@ uint32_t send_members(struct warden *w, uint32_t serial)
             count = 0;
         }
         int denied = sys_pidfd_send_signal(fd, 0) < 0 ? errno : 0;
-        fill_member(&message.members[count++], &process, denied);
+        fill_member(&message.members[count++], &process, denied, tracer);
         total++;
     }
     tree_forget(w);

@@ -77,6 +77,10 @@ struct sent send_signal(struct warden *w, const struct message_stage *stage, uin
         kill_tree(w, &sent, serial);
         return sent;
     }
+    if (w->leaf_frozen && ((stage->flags & STAGE_RESUME) || stage->signo == SIGCONT))
+        cgroup_freeze(w, false);
+    if (stage->flags & STAGE_FOREGROUND)
+        terminal_give(w, w->main);
     if (stage->scope == SCOPE_MAIN) {
         if (w->main_reaped)
             return sent;
@@ -110,13 +114,22 @@ static unsigned freeze_pass(struct warden *w)
 
 /* Stops the tree to a fixed point.  SIGSTOP leaves the members in their slots of RLIMIT_NPROC or
  * pids.max, where SIGKILL would make room for the next fork: this is what ends a fork bomb. */
-void freeze_tree(struct warden *w)
+static void stop_tree(struct warden *w)
 {
     for (int pass = 0; pass < FREEZE_PASSES_MAX && freeze_pass(w); pass++) {
         /* A process stops when it is next scheduled, and nobody but its own parent can wait for
          * that: a millisecond lets the others run. */
         poll(NULL, 0, 1);
     }
+}
+
+/* The kernel's freezer stops a cgroup as a whole and shows nothing of it to a shell in the tree. */
+void freeze_tree(struct warden *w)
+{
+    if (w->leaf >= 0)
+        cgroup_freeze(w, true);
+    if (!w->leaf_frozen)
+        stop_tree(w);
 }
 
 struct sent thaw_tree(struct warden *w, uint32_t serial)
@@ -133,9 +146,20 @@ bool reap(struct warden *w)
     int status;
     pid_t pid;
 
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
-        w->reaped++;
+    const int options = WNOHANG | (w->options.keep_session ? WUNTRACED : 0);
+
+    while ((pid = waitpid(-1, &status, options)) > 0) {
+        if (WIFSTOPPED(status)) {
+            if (pid == w->main)
+                w->main_stopped = WSTOPSIG(status);
+            continue;
+        }
         bit_clear(w->killed, pid);
+        if (pid == w->init) {
+            w->init = 0;
+            continue;
+        }
+        w->reaped++;
         if (pid == w->main) {
             w->main_reaped = true;
             w->main_status = status;
@@ -206,10 +230,31 @@ static void kill_pass(struct warden *w, struct killing *killing)
         kill(-w->main, SIGKILL);
 }
 
+/* Where the kernel ends the whole of a tree in one step, forks under way included, there is nothing
+ * to walk: all that is left is to reap. */
+static bool kill_at_once(struct warden *w, struct sent *sent)
+{
+    unsigned members = 0;
+
+    if (w->init) {
+        tree_snapshot(w);
+        members = (unsigned)w->pid_count - 1; /* without the init */
+        tree_forget(w);
+        if (kill(w->init, SIGKILL) < 0)
+            return false;
+    } else {
+        members = cgroup_count(w);
+        if (!cgroup_kill(w))
+            return false;
+    }
+    sent->count += members;
+    return true;
+}
+
 /* Kills to a fixed point: a pass that finds nobody able to run, after which nobody ended by
  * itself, means that every member has its SIGKILL.  None of them can fork any more, so all that is
  * left is to reap them as they go. */
-void kill_tree(struct warden *w, struct sent *sent, uint32_t serial)
+static void kill_in_passes(struct warden *w, struct sent *sent, uint32_t serial)
 {
     for (int pass = 0; pass < PASSES_MAX; pass++) {
         if (pass == PASSES_BEFORE_FREEZE)
@@ -221,10 +266,34 @@ void kill_tree(struct warden *w, struct sent *sent, uint32_t serial)
         if (!reap(w) && killing.fresh == 0)
             break;
     }
+}
+
+static void killing_goes_on(struct warden *w)
+{
     if (!w->killing)
         w->kill_backoff = KILL_RETRY_FIRST_MS;
     w->killing = true;
     w->kill_due = now_ms() + w->kill_backoff;
+}
+
+void kill_tree(struct warden *w, struct sent *sent, uint32_t serial)
+{
+    w->killed_at_once = kill_at_once(w, sent);
+    if (!w->killed_at_once)
+        kill_in_passes(w, sent, serial);
+    killing_goes_on(w);
+}
+
+/* Children have been reaped while the tree is being killed.  One that ended by itself may have forked
+ * in its last moment; and when its cgroup is empty and we still have children, then somebody moved
+ * them out of it. */
+void kill_again(struct warden *w, bool by_itself)
+{
+    struct sent sent = {0, 0};
+    if (w->killed_at_once ? w->init || cgroup_populated(w) : !by_itself)
+        return;
+    kill_in_passes(w, &sent, 0);
+    killing_goes_on(w);
 }
 
 void kill_retry(struct warden *w)
@@ -233,5 +302,7 @@ void kill_retry(struct warden *w)
     forget_killed(w); /* one that could not be killed then may be now */
     if (w->kill_backoff < KILL_RETRY_LAST_MS)
         w->kill_backoff *= 2;
-    kill_tree(w, &sent, 0);
+    kill_at_once(w, &sent);
+    kill_in_passes(w, &sent, 0);
+    killing_goes_on(w);
 }

@@ -16,7 +16,10 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -223,14 +226,25 @@ int strcmp(const char *a, const char *b)
 
 /* ---- System calls ---- */
 
+/* The mode is there with O_CREAT only; without it, the kernel does not look at what we pass. */
+#define MODE_OF(list, flags) ((flags) & O_CREAT ? va_arg(list, mode_t) : 0)
+
 int openat(int directory, const char *path, int flags, ...)
 {
-    return (int)CALL(SYS_openat, directory, path, flags, 0, 0, 0);
+    va_list list;
+    va_start(list, flags);
+    mode_t mode = MODE_OF(list, flags);
+    va_end(list);
+    return (int)CALL(SYS_openat, directory, path, flags, mode, 0, 0);
 }
 
 int open(const char *path, int flags, ...)
 {
-    return openat(AT_FDCWD, path, flags);
+    va_list list;
+    va_start(list, flags);
+    mode_t mode = MODE_OF(list, flags);
+    va_end(list);
+    return (int)CALL(SYS_openat, AT_FDCWD, path, flags, mode, 0, 0);
 }
 
 ssize_t read(int fd, void *buffer, size_t size)
@@ -238,9 +252,19 @@ ssize_t read(int fd, void *buffer, size_t size)
     return CALL(SYS_read, fd, buffer, size, 0, 0, 0);
 }
 
+ssize_t pread(int fd, void *buffer, size_t size, off_t offset)
+{
+    return CALL(SYS_pread64, fd, buffer, size, offset, 0, 0);
+}
+
 ssize_t write(int fd, const void *buffer, size_t size)
 {
     return CALL(SYS_write, fd, buffer, size, 0, 0, 0);
+}
+
+int socketpair(int domain, int type, int protocol, int pair[2])
+{
+    return (int)CALL(SYS_socketpair, domain, type, protocol, pair, 0, 0);
 }
 
 int close(int fd)
@@ -270,6 +294,40 @@ int fstatat(int directory, const char *restrict path, struct stat *restrict out,
 ssize_t readlinkat(int directory, const char *restrict path, char *restrict out, size_t size)
 {
     return CALL(SYS_readlinkat, directory, path, out, size, 0, 0);
+}
+
+int mkdirat(int directory, const char *path, mode_t mode)
+{
+    return (int)CALL(SYS_mkdirat, directory, path, mode, 0, 0, 0);
+}
+
+int unlinkat(int directory, const char *path, int flags)
+{
+    return (int)CALL(SYS_unlinkat, directory, path, flags, 0, 0, 0);
+}
+
+int renameat(int from_directory, const char *from, int to_directory, const char *to)
+{
+    return (int)CALL(SYS_renameat, from_directory, from, to_directory, to, 0, 0);
+}
+
+int flock(int fd, int operation)
+{
+    return (int)CALL(SYS_flock, fd, operation, 0, 0, 0, 0);
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list list;
+    va_start(list, request);
+    long argument = va_arg(list, long);
+    va_end(list);
+    return (int)CALL(SYS_ioctl, fd, request, argument, 0, 0, 0);
+}
+
+mode_t umask(mode_t mask)
+{
+    return (mode_t)raw(SYS_umask, mask, 0, 0, 0, 0, 0);
 }
 
 int chdir(const char *path)
@@ -329,6 +387,31 @@ pid_t getpid(void)
 pid_t getppid(void)
 {
     return (pid_t)raw(SYS_getppid, 0, 0, 0, 0, 0, 0);
+}
+
+uid_t geteuid(void)
+{
+    return (uid_t)raw(SYS_geteuid, 0, 0, 0, 0, 0, 0);
+}
+
+gid_t getegid(void)
+{
+    return (gid_t)raw(SYS_getegid, 0, 0, 0, 0, 0, 0);
+}
+
+pid_t getpgid(pid_t pid)
+{
+    return (pid_t)CALL(SYS_getpgid, pid, 0, 0, 0, 0, 0);
+}
+
+int setpgid(pid_t pid, pid_t group)
+{
+    return (int)CALL(SYS_setpgid, pid, group, 0, 0, 0, 0);
+}
+
+pid_t fork(void)
+{
+    return (pid_t)CALL(SYS_clone, SIGCHLD, 0, 0, 0, 0, 0);
 }
 
 pid_t getsid(pid_t pid)

@@ -145,14 +145,9 @@ int process_read(int proc, pid_t pid, struct process *out)
 {
     char path[32], text[1024];
     put_text(put_number(path, pid), "/stat");
-    int fd = openat(proc, path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+    ssize_t got = read_text(proc, path, text, sizeof text);
+    if (got < 0)
         return errno;
-    ssize_t got = read(fd, text, sizeof text);
-    int error = got < 0 ? errno : 0;
-    close(fd);
-    if (error)
-        return error;
     if (got == 0)
         return ESRCH;
     return parse_stat(text, (size_t)got, out) && out->pid == pid ? 0 : EBADMSG;
@@ -181,46 +176,67 @@ bool process_dying(const struct process *process)
            (process->pending & (1ul << (SIGKILL - 1)));
 }
 
-/* Directories of numbers: /proc, /proc/PID/task, /proc/self/fd. */
-int numbers_open(struct numbers *numbers, int directory, const char *path)
+/* "TracerPid:\t4711\n" somewhere in /proc/PID/status; 0 when nobody traces it. */
+pid_t parse_tracer(const char *text, size_t length)
 {
-    numbers->at = numbers->size = 0;
-    numbers->fd = openat(directory, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    return numbers->fd < 0 ? errno : 0;
+    static const char key[] = "\nTracerPid:\t";
+    const char *end = text + length;
+    const size_t size = sizeof key - 1;
+    for (const char *at = text; (at = memchr(at, '\n', (size_t)(end - at))); at++) {
+        unsigned long long value;
+        if ((size_t)(end - at) > size && memcmp(at, key, size) == 0)
+            return parse_number(at + size, end, &value) ? (pid_t)value : 0;
+    }
+    return 0;
 }
 
-/* The kernel's struct linux_dirent64, getdents64(2). */
-struct entry {
-    uint64_t inode;
-    int64_t offset;
-    uint16_t size;
-    uint8_t type;
-    char name[];
-};
-
-/* Returns the next name that is a number, or -1 at the end; closes the directory there. */
-long numbers_next(struct numbers *numbers)
+pid_t process_tracer(int proc, pid_t pid)
 {
-    for (;;) {
-        if (numbers->at >= numbers->size) {
-            long got = syscall(SYS_getdents64, numbers->fd, numbers->text, sizeof numbers->text);
-            if (got <= 0) {
-                numbers_close(numbers);
-                return -1;
-            }
-            numbers->at = 0;
-            numbers->size = (size_t)got;
+    char path[32], text[4096];
+    put_text(put_number(path, pid), "/status");
+    ssize_t got = read_text(proc, path, text, sizeof text);
+    return got < 0 ? 0 : parse_tracer(text, (size_t)got);
+}
+
+/* Directories: /proc, /proc/PID/task, /proc/self/fd, cgroups. */
+int listing_open(struct listing *listing, int directory, const char *path)
+{
+    listing->at = listing->size = 0;
+    listing->fd = openat(directory, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return listing->fd < 0 ? errno : 0;
+}
+
+/* Returns the next entry, or NULL at the end; closes the directory there. */
+const struct entry *listing_next(struct listing *listing)
+{
+    if (listing->at >= listing->size) {
+        long got = syscall(SYS_getdents64, listing->fd, listing->text, sizeof listing->text);
+        if (got <= 0) {
+            listing_close(listing);
+            return NULL;
         }
-        const struct entry *entry = (const void *)((char *)numbers->text + numbers->at);
-        numbers->at += entry->size;
+        listing->at = 0;
+        listing->size = (size_t)got;
+    }
+    const struct entry *entry = (const void *)((char *)listing->text + listing->at);
+    listing->at += entry->size;
+    return entry;
+}
+
+/* The next name that is a number, or -1 at the end. */
+long listing_next_number(struct listing *listing)
+{
+    const struct entry *entry;
+    while ((entry = listing_next(listing))) {
         unsigned long long value;
         const char *end = entry->name + strlen(entry->name);
         if (entry->name[0] != '-' && parse_number(entry->name, end, &value) == end)
             return (long)value;
     }
+    return -1;
 }
 
-void numbers_close(struct numbers *numbers)
+void listing_close(struct listing *listing)
 {
-    close(numbers->fd);
+    close(listing->fd);
 }

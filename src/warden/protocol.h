@@ -31,7 +31,8 @@ enum message_type {
     MESSAGE_DENIED = 69,
     MESSAGE_ASKED = 70,
     MESSAGE_EMPTY = 71,
-    MESSAGE_FAULT = 72
+    MESSAGE_FAULT = 72,
+    MESSAGE_STOPPED = 73
 };
 
 enum scope { SCOPE_MAIN = 1, SCOPE_GROUP = 2, SCOPE_TREE = 3 };
@@ -53,11 +54,29 @@ enum step {
     STEP_ADOPT = 13,
     STEP_PROTOCOL = 14,
     STEP_STDIO = 15,
-    STEP_PARENT = 16
+    STEP_PARENT = 16,
+    STEP_CGROUP = 17,
+    STEP_LIMITS = 18,
+    STEP_NAMESPACE = 19,
+    STEP_MOUNT = 20,
+    STEP_INIT = 21,
+    STEP_REGISTRY = 22,
+    STEP_SETPGID = 23,
+    STEP_TERMINAL = 24,
+    STEP_OOM_SCORE_ADJ = 25,
+    STEP_NICE = 26,
+    STEP_IONICE = 27,
+    STEP_AFFINITY = 28,
+    STEP_RLIMITS = 29,
+    STEP_GROUPS = 30,
+    STEP_GID = 31,
+    STEP_UID = 32,
+    STEP_NO_NEW_PRIVS = 33
 };
 
-#define STAGE_RESUME 1u  /* send SIGCONT to members that are stopped, so that they see the signal */
-#define MEMBERS_MORE 1u  /* another MEMBERS message with the same serial follows */
+#define STAGE_RESUME 1u     /* send SIGCONT to stopped members, so that they see the signal */
+#define STAGE_FOREGROUND 2u /* give the terminal to the main process's group first */
+#define MEMBERS_MORE 1u     /* another MEMBERS message with the same serial follows */
 
 struct message_header {
     uint8_t version;
@@ -117,9 +136,10 @@ struct message_member {
     int32_t pgrp;
     int32_t session;
     uint64_t start_time;
-    int32_t error; /* errno when we may not signal it, else 0 */
-    char state;    /* field 3 of /proc/PID/stat */
-    char reserved[3];
+    int32_t error;  /* errno when we may not signal it, else 0 */
+    int32_t tracer; /* who traces it (ptrace(2)), as a number that we can see; else 0 */
+    char state;     /* field 3 of /proc/PID/stat */
+    char reserved[7];
     char comm[PROTOCOL_COMM_SIZE];
 };
 
@@ -153,6 +173,16 @@ struct message_empty {
     struct message_header header;
     uint64_t reaped;
     struct message_usage usage;
+    /* What the cgroup of the tree says, where it has the controllers; else 0. */
+    uint64_t memory_peak; /* bytes */
+    uint64_t pids_peak;
+    uint64_t oom_kills;
+};
+
+struct message_stopped { /* the main process, in a foreground job */
+    struct message_header header;
+    int32_t signo;
+    int32_t reserved;
 };
 
 #endif

@@ -7,7 +7,9 @@
 #include <limits.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdint.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -18,10 +20,33 @@
 #endif
 #define CLOSE_RANGE_CLOEXEC_FLAG (1u << 2)
 
-/* Room for PATH_MAX in exec_main() and for what a libc puts around it. */
-#define CHILD_STACK (4 * PATH_MAX)
+/* Room for PATH_MAX in exec_main(), the lists of attributes.c, and what a libc puts around them. */
+#define CHILD_STACK (8 * PATH_MAX)
+
+#define CLONE_INTO_CGROUP_FLAG 0x200000000ull
 
 extern char **environ;
+
+#if defined(__x86_64__)
+/* clone3(arguments, size): the child starts on its own stack, runs function(argument) and exits. */
+__asm__(".type clone3_raw, @function\n"
+        "clone3_raw:\n" /* rdi: arguments, rsi: size, rdx: function, rcx: argument */
+        "    mov %rdx, %r8\n"
+        "    mov %rcx, %r9\n"
+        "    mov $435, %eax\n" /* SYS_clone3 */
+        "    syscall\n"
+        "    test %rax, %rax\n"
+        "    jz 1f\n"
+        "    ret\n"
+        "1:  xor %ebp, %ebp\n"
+        "    mov %r9, %rdi\n"
+        "    call *%r8\n"
+        "    mov %eax, %edi\n"
+        "    mov $231, %eax\n" /* SYS_exit_group */
+        "    syscall\n"
+        "    hlt\n");
+long clone3_raw(void *arguments, size_t size, int (*function)(void *), void *argument);
+#endif
 
 static int set_cloexec(int fd, bool on)
 {
@@ -31,11 +56,11 @@ static int set_cloexec(int fd, bool on)
 /* For kernels without close_range(2) (before 5.9), or without its CLOEXEC flag (before 5.11). */
 static int span_by_proc(unsigned low, unsigned high, bool cloexec)
 {
-    struct numbers open;
-    int error = numbers_open(&open, AT_FDCWD, "/proc/self/fd");
+    struct listing open;
+    int error = listing_open(&open, AT_FDCWD, "/proc/self/fd");
     if (error)
         return error;
-    for (long fd; (fd = numbers_next(&open)) >= 0;) {
+    for (long fd; (fd = listing_next_number(&open)) >= 0;) {
         if (fd < (long)low || fd > (long)high || fd == open.fd)
             continue;
         if (cloexec)
@@ -66,7 +91,8 @@ int descriptors_prepare(void)
  * and none of a descriptor that was passed to it. */
 void descriptors_drop(struct warden *w)
 {
-    int own[] = {w->control, w->supervisor, w->signals, w->proc};
+    int own[] = {w->control,     w->supervisor, w->signals, w->proc,    w->leaf,
+                 w->leaf_events, w->init_link,  w->entry,   w->terminal};
     unsigned low = 3;
 
     for (;;) { /* the gaps between our own, from below */
@@ -152,28 +178,54 @@ static int exec_main(char **argv)
     return saved ? saved : ENOENT;
 }
 
-static struct failure failed(int step)
+/* A session, or for a foreground job a group, of its own. */
+static struct failure lead_group(const struct warden *w)
 {
-    return (struct failure){.error = errno, .step = step};
+    if (w->options.keep_session) {
+        if (setpgid(0, 0) < 0)
+            return failed(STEP_SETPGID);
+        terminal_give(w, getpid());
+    } else if (setsid() < 0) {
+        return failed(STEP_SETSID);
+    }
+    if (w->options.terminal && ioctl(0, TIOCSCTTY, 0) < 0)
+        return failed(STEP_TERMINAL);
+    return (struct failure){0, 0};
 }
 
-/* Runs in the child, which shares our memory until it execs or exits.  Returns only on failure. */
-static struct failure become_main(const struct warden *w)
+/* Last of what concerns credentials: the kernel forgets the signal when they change (prctl(2)). */
+static struct failure die_with_warden(const struct warden *w)
 {
-    sigset_t none;
-
-    if (setsid() < 0)
-        return failed(STEP_SETSID);
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
         return failed(STEP_PDEATHSIG);
     /* The warden may have been killed before the line above took effect, and then the signal will
-     * never come: prctl(2), PR_SET_PDEATHSIG. */
-    if (getppid() != w->self)
+     * never come: prctl(2), PR_SET_PDEATHSIG.  In a PID namespace of its own the child cannot see
+     * its parent, but there the init ends with the warden, and everything with the init. */
+    if (!w->init && getppid() != w->self)
         return (struct failure){.error = ESRCH, .step = STEP_PARENT};
+    return (struct failure){0, 0};
+}
+
+/* Runs in the child, which shares our memory until it execs or exits.  Returns only on failure. */
+static struct failure become_main(const struct warden *w, bool in_cgroup)
+{
+    sigset_t none;
+    struct failure failure;
+    int error;
+
+    if (w->leaf >= 0 && !in_cgroup && (error = cgroup_enter(w)))
+        return (struct failure){.error = error, .step = STEP_CGROUP};
+    if ((failure = lead_group(w)).error)
+        return failure;
+    if ((failure = attributes_apply(w->proc, &w->options.attributes)).error)
+        return failure;
     if (w->options.cwd && chdir(w->options.cwd) < 0)
         return failed(STEP_CHDIR);
-    int error = open_passed(w->options.pass);
-    if (error)
+    if ((failure = credentials_apply(&w->options.attributes)).error)
+        return failure;
+    if ((failure = die_with_warden(w)).error)
+        return failure;
+    if ((error = open_passed(w->options.pass)))
         return (struct failure){.error = error, .step = STEP_DESCRIPTORS};
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
@@ -182,14 +234,51 @@ static struct failure become_main(const struct warden *w)
 
 struct child {
     struct warden *warden;
+    bool in_cgroup;
     struct failure failure;
 };
 
 static int run_child(void *argument)
 {
     struct child *child = argument;
-    child->failure = become_main(child->warden);
+    child->failure = become_main(child->warden, child->in_cgroup);
     return 127;
+}
+
+/* The child is born in the leaf: moving it there later takes a lock that waits for an RCU grace
+ * period, milliseconds on a large machine (cgroup_attach_lock() of the kernel).  clone3(2) has no
+ * wrapper that takes a stack, so on other machines than this one the child moves itself. */
+static pid_t clone_into_cgroup(struct child *child, char *stack, size_t size)
+{
+#if defined(__x86_64__)
+    struct {
+        uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls;
+        uint64_t set_tid, set_tid_size, cgroup;
+    } arguments = {
+        .flags = CLONE_VM | CLONE_VFORK | CLONE_INTO_CGROUP_FLAG,
+        .exit_signal = SIGCHLD,
+        .stack = (uint64_t)(uintptr_t)stack,
+        .stack_size = size,
+        .cgroup = (uint64_t)child->warden->leaf,
+    };
+    child->in_cgroup = true;
+    long result = clone3_raw(&arguments, sizeof arguments, run_child, child);
+    if (result > 0)
+        return (pid_t)result;
+    child->in_cgroup = false;
+    errno = (int)-result;
+    return -1;
+#else
+    (void)child, (void)stack, (void)size;
+    errno = ENOSYS;
+    return -1;
+#endif
+}
+
+/* Before Linux 5.3 there is no clone3, before 5.7 it cannot do this; a filter may forbid it. */
+static bool clone3_unsupported(int error)
+{
+    return error == ENOSYS || error == EINVAL || error == E2BIG || error == EPERM;
 }
 
 /* As vfork(2), but on a stack of its own: we are suspended until the child has become the command
@@ -202,7 +291,11 @@ struct failure spawn_main(struct warden *w)
      * that of a sanitizer, which would take its marks for ours. */
     static _Alignas(16) char stack[CHILD_STACK];
 
-    pid_t pid = clone(run_child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, &child);
+    pid_t pid = -1;
+    if (w->leaf >= 0)
+        pid = clone_into_cgroup(&child, stack, sizeof stack);
+    if (pid < 0 && (w->leaf < 0 || clone3_unsupported(errno)))
+        pid = clone(run_child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, &child);
     if (pid < 0)
         return failed(STEP_FORK);
     if (child.failure.error) {

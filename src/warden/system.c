@@ -1,7 +1,10 @@
-/* The system calls that glibc 2.31 does not wrap yet, and the clock. */
+/* The system calls that glibc 2.31 does not wrap yet, the clock, and small files. */
 #define _GNU_SOURCE
 #include "warden.h"
 
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -28,4 +31,33 @@ int64_t now_ms(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+struct failure failed(int step)
+{
+    return (struct failure){.error = errno, .step = step};
+}
+
+/* One write(2), as the files of /proc and of cgroups want it.  Returns 0 or errno. */
+int write_text(int directory, const char *path, const char *text)
+{
+    int fd = openat(directory, path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    int error = write(fd, text, strlen(text)) < 0 ? errno : 0;
+    close(fd);
+    return error;
+}
+
+/* One read(2): what fits.  Returns the size, or -1 with errno. */
+ssize_t read_text(int directory, const char *path, char *text, size_t size)
+{
+    int fd = openat(directory, path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    ssize_t got = read(fd, text, size);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return got;
 }

@@ -132,10 +132,10 @@ static int add_children(struct warden *w, pid_t pid, long tid)
 /* Children belong to the thread that forked them, so every thread has to be asked. */
 static void add_children_of_threads(struct warden *w, pid_t pid, const char *path)
 {
-    struct numbers threads;
-    if (numbers_open(&threads, w->proc, path))
+    struct listing threads;
+    if (listing_open(&threads, w->proc, path))
         return;
-    for (long tid; (tid = numbers_next(&threads)) >= 0;)
+    for (long tid; (tid = listing_next_number(&threads)) >= 0;)
         add_children(w, pid, tid);
 }
 
@@ -177,11 +177,11 @@ static int snapshot_by_children(struct warden *w)
  * numbers the closure over the warden's.  The pairs are kept behind the candidates. */
 static size_t collect_pairs(struct warden *w, pid_t *pairs, size_t capacity)
 {
-    struct numbers processes;
+    struct listing processes;
     size_t count = 0;
-    if (numbers_open(&processes, w->proc, "."))
+    if (listing_open(&processes, w->proc, "."))
         return 0;
-    for (long pid; (pid = numbers_next(&processes)) >= 0;) {
+    for (long pid; (pid = listing_next_number(&processes)) >= 0;) {
         struct process process;
         if (count + 2 > capacity || process_read(w->proc, (pid_t)pid, &process))
             continue;
@@ -314,7 +314,7 @@ static bool prove(struct warden *w, pid_t pid, struct process *out, unsigned dep
  * until CACHE_SIZE others have been opened, or the walk ends. */
 int member_open(struct warden *w, pid_t pid, struct process *out)
 {
-    int fd = sys_pidfd_open(pid);
+    int fd = pid == w->init ? -1 : sys_pidfd_open(pid); /* the init is ours, and no member */
     if (fd < 0)
         return -1;
     if (!prove(w, pid, out, 0)) {

@@ -26,6 +26,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <string.h>
@@ -37,6 +38,9 @@
 /* How long a supervisor may take to act on a signal that asked the warden to end, before the
  * warden ends the tree by itself: a stopped supervisor must not keep it alive. */
 #define ASKED_PATIENCE_MS 1000
+
+/* How long the end of what had been made for a tree that cannot begin may take. */
+#define ABANDON_PATIENCE_MS 2000
 
 enum verdict { GO_ON, FINISHED, GIVEN_UP };
 
@@ -82,12 +86,6 @@ static enum verdict refuse(struct warden *w)
     return plan_begin(w);
 }
 
-static bool valid_stage(const struct message_stage *stage)
-{
-    return stage->signo >= 0 && stage->signo < _NSIG && stage->scope >= SCOPE_MAIN &&
-           stage->scope <= SCOPE_TREE;
-}
-
 static void answer(struct warden *w, struct sent sent, uint32_t serial)
 {
     struct message_signalled message = {.count = sent.count, .denied = sent.denied};
@@ -95,45 +93,14 @@ static void answer(struct warden *w, struct sent sent, uint32_t serial)
     channel_send(w, &message, sizeof message);
 }
 
-union message {
-    struct message_header header;
-    struct message_start start;
-    struct message_signal signal;
-};
-
-static size_t expected_size(uint8_t type)
+static enum verdict obey(struct warden *w, const union request *request)
 {
-    switch (type) {
-    case MESSAGE_START:
-        return sizeof(struct message_start);
-    case MESSAGE_SIGNAL:
-        return sizeof(struct message_signal);
-    case MESSAGE_LIST:
-    case MESSAGE_FREEZE:
-    case MESSAGE_THAW:
-    case MESSAGE_RELEASE:
-        return sizeof(struct message_header);
-    default:
-        return 0;
-    }
-}
-
-static bool well_formed(const union message *message, ssize_t size)
-{
-    return size >= (ssize_t)sizeof message->header && message->header.version == PROTOCOL_VERSION &&
-           (size_t)size == expected_size(message->header.type);
-}
-
-static enum verdict obey(struct warden *w, const union message *message)
-{
-    const uint32_t serial = message->header.serial;
+    const uint32_t serial = request->header.serial;
 
     w->asked_due = 0;
-    switch (message->header.type) {
+    switch (request->header.type) {
     case MESSAGE_SIGNAL:
-        if (!valid_stage(&message->signal.stage))
-            return refuse(w);
-        answer(w, send_signal(w, &message->signal.stage, serial), serial);
+        answer(w, send_signal(w, &request->signal.stage, serial), serial);
         return GO_ON;
     case MESSAGE_LIST:
         send_members(w, serial);
@@ -146,6 +113,8 @@ static enum verdict obey(struct warden *w, const union message *message)
         answer(w, thaw_tree(w, serial), serial);
         return GO_ON;
     case MESSAGE_RELEASE:
+        cgroup_evacuate(w);
+        leave_nothing(w);
         return FINISHED;
     default:
         return refuse(w);
@@ -154,16 +123,16 @@ static enum verdict obey(struct warden *w, const union message *message)
 
 static enum verdict read_control(struct warden *w)
 {
-    union message message;
-    ssize_t size = channel_receive(w, &message, sizeof message);
+    union request request;
+    ssize_t size = channel_receive(w, &request, sizeof request);
 
     if (size < 0 && errno == EAGAIN)
         return GO_ON;
     if (size <= 0)
         return supervisor_lost(w);
-    if (!well_formed(&message, size))
+    if (!request_valid(&request, (size_t)size))
         return refuse(w);
-    return obey(w, &message);
+    return obey(w, &request);
 }
 
 /* ---- Signals that the warden itself receives ---- */
@@ -180,22 +149,41 @@ static bool no_children(void)
     return waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) < 0 && errno == ECHILD;
 }
 
+/* Where there is a PID namespace, its init is still there when the main process is reaped, and
+ * decides what is left: no member of a namespace is hidden from the warden that made it. */
+static void main_exited(struct warden *w, bool empty)
+{
+    w->main_reported = true;
+    terminal_take(w);
+    namespace_main_gone(w);
+    uint32_t visible = empty ? 0 : send_members(w, 0);
+    send_exited(w, empty || visible || w->init ? visible : 1);
+}
+
+static void main_stopped(struct warden *w)
+{
+    struct message_stopped message = {.signo = w->main_stopped};
+    w->main_stopped = 0;
+    terminal_take(w);
+    header_init(&message.header, MESSAGE_STOPPED, 0);
+    channel_send(w, &message, sizeof message);
+}
+
 static enum verdict children_changed(struct warden *w)
 {
     const bool by_itself = reap(w);
-    const bool empty = no_children();
+    const bool childless = no_children();
+    const bool empty = childless && cgroup_settled(w);
 
-    if (w->main_reaped && !w->main_reported) {
-        w->main_reported = true;
-        uint32_t visible = empty ? 0 : send_members(w, 0);
-        send_exited(w, empty || visible ? visible : 1);
-    }
+    if (w->main_stopped)
+        main_stopped(w);
+    if (w->main_reaped && !w->main_reported)
+        main_exited(w, empty);
     if (empty)
         return tree_empty(w);
-    if (w->killing && by_itself) {
-        struct sent sent = {0, 0};
-        kill_tree(w, &sent, 0);
-    }
+    w->intruded = childless;
+    if (w->killing)
+        kill_again(w, by_itself);
     return GO_ON;
 }
 
@@ -272,16 +260,19 @@ static enum verdict run_timers(struct warden *w)
 
 static enum verdict turn(struct warden *w)
 {
-    struct pollfd fds[3] = {
+    struct pollfd fds[4] = {
         {.fd = w->signals, .events = POLLIN},
         {.fd = w->control, .events = POLLIN},
         {.fd = w->supervisor, .events = POLLIN},
+        {.fd = w->intruded ? w->leaf_events : -1, .events = POLLPRI},
     };
-    if (poll(fds, 3, next_timeout(w)) < 0 && errno != EINTR)
+    if (poll(fds, 4, next_timeout(w)) < 0 && errno != EINTR)
         return plan_begin(w);
     enum verdict verdict = GO_ON;
     if (fds[0].revents)
         verdict = read_signals(w);
+    if (verdict == GO_ON && fds[3].revents)
+        verdict = children_changed(w);
     if (verdict == GO_ON && fds[1].revents)
         verdict = read_control(w);
     /* A forked helper of the host program may hold a copy of the socket, so that its end never
@@ -293,47 +284,8 @@ static enum verdict turn(struct warden *w)
 
 /* ---- Setting up ---- */
 
-static bool take_option(struct options *options, char *argument)
-{
-    char *value = strchr(argument, '=');
-    if (!value)
-        return false;
-    size_t name = (size_t)(value++ - argument);
-    unsigned long long number = 0;
-    parse_number(value, value + strlen(value), &number);
-#define IS(text) (name == sizeof text - 1 && memcmp(argument, text, name) == 0)
-    if (IS("control"))
-        options->control = (int)number;
-    else if (IS("supervisor"))
-        options->supervisor = (int)number;
-    else if (IS("adopt"))
-        options->adopt = (int)number;
-    else if (IS("cwd"))
-        options->cwd = value;
-    else if (IS("pass"))
-        options->pass = value;
-    else if (IS("proc"))
-        options->scan = strcmp(value, "scan") == 0;
-    else
-        return false;
-#undef IS
-    return true;
-}
-
-static bool parse_arguments(struct options *options, char **argv)
-{
-    *options = (struct options){.control = -1};
-    char **at = argv[0] ? argv + 1 : argv;
-    for (; *at && strcmp(*at, "--") != 0; at++)
-        if (!take_option(options, *at))
-            return false;
-    options->argv = *at ? at + 1 : at;
-    return options->control > 2 && options->supervisor > 0 &&
-           (options->adopt > 0 || (options->argv && options->argv[0]));
-}
-
 /* Our own descriptors stay above the standard streams, which the host program may have closed. */
-static int lift(int fd)
+int lift(int fd)
 {
     if (fd < 0 || fd > 2)
         return fd;
@@ -349,7 +301,7 @@ static struct failure failure_at(int step, int error)
 
 /* A host program that ignores SIGCHLD hands that on through exec, and then the kernel reaps our
  * children behind our back; SIGPIPE and SIGXFSZ are ignored by every Python. */
-static int prepare_signals(struct warden *w)
+int prepare_signals(struct warden *w)
 {
     sigset_t all;
     if (signal(SIGCHLD, SIG_DFL) == SIG_ERR || signal(SIGPIPE, SIG_DFL) == SIG_ERR ||
@@ -391,14 +343,16 @@ static struct failure prepare(struct warden *w)
 {
     int error;
 
-    w->self = getpid();
-    w->control = w->options.control;
     if ((error = descriptors_prepare()))
         return failure_at(STEP_DESCRIPTORS, error);
     if ((error = prepare_signals(w)))
         return failure_at(STEP_SIGNALS, error);
-    if (getsid(0) != w->self && setsid() < 0)
+    if (w->options.keep_session) {
+        if (setpgid(0, 0) < 0)
+            return failure_at(STEP_SETPGID, errno);
+    } else if (getsid(0) != w->self && setsid() < 0) {
         return failure_at(STEP_SETSID, errno);
+    }
     if (prctl(PR_SET_CHILD_SUBREAPER, 1) < 0)
         return failure_at(STEP_SUBREAPER, errno);
     if (prctl(PR_SET_NAME, "proctree-warden") < 0)
@@ -409,14 +363,25 @@ static struct failure prepare(struct warden *w)
         return failure_at(STEP_PROC, error);
     if ((error = tree_prepare(w)))
         return failure_at(STEP_MEMORY, error);
+    terminal_prepare(w);
     return failure_at(0, 0);
+}
+
+/* What outlives us if we are killed: so it is made late, and told to the registry first. */
+static struct failure contain(struct warden *w)
+{
+    int error = registry_enter(w);
+    if (error)
+        return failure_at(STEP_REGISTRY, error);
+    struct failure failure = cgroup_prepare(w);
+    return failure.error ? failure : namespace_prepare(w);
 }
 
 /* START carries the orphan plan.  Until it is here nothing is started, so that the supervisor has
  * a pidfd of a warden that is certainly alive before that warden can do anything. */
 static bool receive_start(struct warden *w)
 {
-    union message message;
+    union request request;
     struct pollfd fds[2] = {
         {.fd = w->control, .events = POLLIN},
         {.fd = w->supervisor, .events = POLLIN},
@@ -426,28 +391,32 @@ static bool receive_start(struct warden *w)
             return false;
     if (!fds[0].revents)
         return false;
-    ssize_t size = channel_receive(w, &message, sizeof message);
+    ssize_t size = channel_receive(w, &request, sizeof request);
     if (size <= 0)
         return false;
-    if (!well_formed(&message, size) || message.header.type != MESSAGE_START ||
-        message.start.stage_count == 0 || message.start.stage_count > PROTOCOL_STAGES_MAX) {
-        send_failure(w, MESSAGE_FAULT, failure_at(STEP_PROTOCOL, EPROTO));
+    if (!request_valid(&request, (size_t)size) || request.header.type != MESSAGE_START) {
+        send_failure(w, MESSAGE_FAULT, (struct failure){EPROTO, STEP_PROTOCOL});
         return false;
     }
-    for (uint32_t i = 0; i < message.start.stage_count; i++) {
-        if (!valid_stage(&message.start.stages[i])) {
-            send_failure(w, MESSAGE_FAULT, failure_at(STEP_PROTOCOL, EINVAL));
-            return false;
-        }
-        w->plan[i] = message.start.stages[i];
-    }
-    w->plan_count = message.start.stage_count;
+    w->plan_count = request.start.stage_count;
+    memcpy(w->plan, request.start.stages, w->plan_count * sizeof w->plan[0]);
     return true;
 }
 
-/* ps(1) shall say whose warden this is, and nothing else: the command is shown by the command. */
-static void set_title(char **argv)
+static void keep_path(char **path, char room[PATH_MAX])
 {
+    if (*path && strlen(*path) < PATH_MAX) {
+        put_text(room, *path);
+        *path = room;
+    }
+}
+
+/* ps(1) shall say whose warden this is, and nothing else: the command is shown by the command. */
+static void set_title(struct warden *w, char **argv)
+{
+    static char cgroup[PATH_MAX], entry[PATH_MAX];
+    keep_path(&w->options.cgroup, cgroup);
+    keep_path(&w->options.entry, entry);
     char **last = argv;
     while (last[1])
         last++;
@@ -457,7 +426,9 @@ static void set_title(char **argv)
 
 static bool begin(struct warden *w)
 {
-    struct failure failure = w->options.adopt ? adopt_main(w) : spawn_main(w);
+    struct failure failure = contain(w);
+    if (!failure.error)
+        failure = w->options.adopt ? adopt_main(w) : spawn_main(w);
     if (failure.error) {
         send_failure(w, MESSAGE_EXEC_FAILED, failure);
         return false;
@@ -466,34 +437,45 @@ static bool begin(struct warden *w)
     struct message_started message = {.pid = w->main};
     if (process_read(w->proc, w->main, &process) == 0)
         message.start_time = process.start_time;
+    registry_started(w, message.start_time);
     header_init(&message.header, MESSAGE_STARTED, 0);
     channel_send(w, &message, sizeof message);
     return true;
 }
 
-/* A callable was forked before we became the warden, so it is there even when we cannot begin. */
+/* Nothing of us stays in the file system. */
+void leave_nothing(struct warden *w)
+{
+    cgroup_remove(w);
+    registry_leave(w);
+}
+
+/* A callable was forked before we became the warden, so it is there even when we cannot begin; so is
+ * the init of a namespace.  Nobody waits for them but us, and not for ever. */
 static int abandon(struct warden *w)
 {
-    if (w->options.adopt > 0) {
+    if (w->options.adopt > 0 && w->seen) {
+        struct sent sent = {0, 0};
         w->main = w->options.adopt;
-        kill(-w->main, SIGKILL);
-        if (w->seen) {
-            struct sent sent = {0, 0};
-            kill_tree(w, &sent, 0);
-        }
+        kill_tree(w, &sent, 0);
+    } else if (w->options.adopt > 0) {
+        kill(-w->options.adopt, SIGKILL);
     }
+    if (w->init)
+        kill(w->init, SIGKILL);
+    for (int64_t end = now_ms() + ABANDON_PATIENCE_MS; !no_children() && now_ms() < end; reap(w)) {
+        struct signalfd_siginfo info;
+        struct pollfd fd = {.fd = w->signals, .events = POLLIN};
+        poll(&fd, 1, ABANDON_PATIENCE_MS);
+        while (read(w->signals, &info, sizeof info) > 0)
+            continue;
+    }
+    leave_nothing(w);
     return 1;
 }
 
-int main(int argc, char **argv)
+static int supervise(struct warden *w, char **argv)
 {
-    static struct warden warden = {.control = -1, .supervisor = -1, .signals = -1, .proc = -1};
-    struct warden *w = &warden;
-
-    if (argc < 1 || !parse_arguments(&w->options, argv)) {
-        static const char text[] = "proctree-warden: started by proctree, not by hand\n";
-        return write(2, text, sizeof text - 1) < 0 ? 1 : 2;
-    }
     struct failure failure = prepare(w);
     if (failure.error) {
         send_failure(w, MESSAGE_FAULT, failure);
@@ -503,7 +485,7 @@ int main(int argc, char **argv)
         return abandon(w);
     if (!begin(w))
         return abandon(w);
-    set_title(argv);
+    set_title(w, argv);
     descriptors_drop(w);
 
     /* A callable may have ended before we were its warden.  Its SIGCHLD is lost then: setting a
@@ -512,4 +494,32 @@ int main(int argc, char **argv)
     while (verdict == GO_ON)
         verdict = turn(w);
     return verdict == FINISHED ? 0 : 1;
+}
+
+int main(int argc, char **argv)
+{
+    static struct warden warden = {
+        .control = -1,
+        .supervisor = -1,
+        .signals = -1,
+        .proc = -1,
+        .leaf = -1,
+        .leaf_events = -1,
+        .init_link = -1,
+        .entry = -1,
+        .terminal = -1,
+    };
+    struct warden *w = &warden;
+
+    if (argc < 1 || !parse_arguments(&w->options, argv)) {
+        static const char text[] = "proctree-warden: started by proctree, not by hand\n";
+        return write(2, text, sizeof text - 1) < 0 ? 1 : 2;
+    }
+    w->self = getpid();
+    if (w->options.be_init) {
+        w->init_link = w->options.control;
+        return prepare_signals(w) ? 1 : be_init(w);
+    }
+    w->control = w->options.control;
+    return supervise(w, argv);
 }

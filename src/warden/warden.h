@@ -15,6 +15,20 @@
 /* How many verified members keep their pidfd open while a tree is walked. */
 #define CACHE_SIZE 16
 
+#define LIMITS_MAX 4
+#define RLIMITS_MAX 16 /* RLIM_NLIMITS */
+
+/* What the main process is given between fork and exec.  A text is a list with commas. */
+struct attributes {
+    bool set_umask, set_nice, set_ionice, set_oom_score_adj, set_uid, set_gid;
+    bool no_new_privs;
+    long umask, nice, ionice, oom_score_adj, uid, gid;
+    char *groups;
+    char *affinity;
+    char *rlimits[RLIMITS_MAX]; /* RESOURCE,SOFT,HARD */
+};
+
+/* The command line of the warden: see options.c. */
 struct options {
     int control;
     pid_t supervisor;
@@ -22,6 +36,17 @@ struct options {
     bool scan; /* do not use /proc/PID/task/TID/children even where the kernel has it */
     char *cwd;
     char *pass;
+    char *cgroup;            /* the leaf to make for the tree */
+    char *limits[LIMITS_MAX]; /* FILE,VALUE for it */
+    bool pid_namespace;
+    int init;       /* the socket to an init that is there already (adopt), or -1 */
+    int init_pid;
+    bool be_init;   /* be that init: `control` is the socket to the warden */
+    char *entry;    /* the file in the registry of running trees */
+    char *record;   /* what it says */
+    bool keep_session; /* a foreground job: a group of its own, in our session */
+    bool terminal;     /* standard input becomes the controlling terminal */
+    struct attributes attributes;
     char **argv;
 };
 
@@ -52,9 +77,20 @@ struct warden {
     int signals;    /* signalfd */
     int proc;       /* O_PATH of /proc */
 
+    /* Stronger containment; -1 and 0 where there is none. */
+    int leaf;         /* the cgroup of the tree */
+    int leaf_events;  /* its cgroup.events */
+    bool leaf_frozen;
+    pid_t init;       /* of the tree's PID namespace: ours to reap, and no member */
+    int init_link;    /* the socket to it */
+    int entry;        /* the locked file in the registry of running trees */
+    int terminal;     /* of a foreground job */
+    pid_t terminal_owner; /* the group that gets it back */
+
     pid_t main;
     bool main_reaped; /* until then the number `main`, and so its group, cannot be reused */
     bool main_reported;
+    int main_stopped; /* the signal that stopped it, until that has been told */
     int main_status;
     uint64_t reaped;
 
@@ -67,7 +103,9 @@ struct warden {
     int64_t asked_due;
 
     /* A SIGKILL of the tree that has not yet come to its end. */
+    bool intruded; /* no children, and yet somebody is in the leaf */
     bool killing;
+    bool killed_at_once; /* by the kernel, as a whole */
     int64_t kill_due;
     int64_t kill_backoff;
 
@@ -81,6 +119,24 @@ struct warden {
     unsigned cache_next;
 };
 
+/* Where something failed, for a message; all zero: nowhere. */
+struct failure {
+    int error;
+    int step;
+};
+
+/* options.c: the command line.  Pure. */
+bool parse_arguments(struct options *options, char **argv);
+const char *parse_list(const char *at, unsigned long long *out);
+
+/* request.c: what a supervisor may say.  Pure. */
+union request {
+    struct message_header header;
+    struct message_start start;
+    struct message_signal signal;
+};
+bool request_valid(const union request *request, size_t size);
+
 /* proc.c: reading /proc.  The parsers are pure: bytes in, values out. */
 const char *parse_number(const char *at, const char *end, unsigned long long *out);
 bool parse_stat(const char *text, size_t length, struct process *out);
@@ -89,18 +145,30 @@ size_t parse_children(const char *text, size_t length, bool last, pid_t *out, si
 char *put_text(char *at, const char *text);
 char *put_number(char *at, long number);
 int process_read(int proc, pid_t pid, struct process *out);
+pid_t parse_tracer(const char *text, size_t length);
+pid_t process_tracer(int proc, pid_t pid);
 bool process_dead(const struct process *process);
 bool process_dying(const struct process *process);
 
-struct numbers {
+/* The kernel's struct linux_dirent64, getdents64(2). */
+struct entry {
+    uint64_t inode;
+    int64_t offset;
+    uint16_t size;
+    uint8_t type;
+    char name[];
+};
+
+struct listing {
     int fd;
     size_t at;
     size_t size;
     uint64_t text[256]; /* aligned as the entries in it */
 };
-int numbers_open(struct numbers *numbers, int directory, const char *path);
-long numbers_next(struct numbers *numbers);
-void numbers_close(struct numbers *numbers);
+int listing_open(struct listing *listing, int directory, const char *path);
+const struct entry *listing_next(struct listing *listing);
+long listing_next_number(struct listing *listing);
+void listing_close(struct listing *listing);
 
 /* tree.c: who is in the tree. */
 int tree_prepare(struct warden *w);
@@ -124,17 +192,48 @@ void freeze_tree(struct warden *w);
 struct sent thaw_tree(struct warden *w, uint32_t serial);
 bool reap(struct warden *w);
 void kill_tree(struct warden *w, struct sent *sent, uint32_t serial);
+void kill_again(struct warden *w, bool by_itself);
 void kill_retry(struct warden *w);
 
 /* spawn.c: the main process. */
-struct failure {
-    int error;
-    int step;
-};
 struct failure spawn_main(struct warden *w);
 struct failure adopt_main(struct warden *w);
 int descriptors_prepare(void);
 void descriptors_drop(struct warden *w);
+int lift(int fd);
+int prepare_signals(struct warden *w);
+void leave_nothing(struct warden *w);
+
+/* attributes.c: what the main process is given before it execs. */
+struct failure attributes_apply(int proc, const struct attributes *attributes);
+struct failure credentials_apply(const struct attributes *attributes);
+
+/* cgroup.c: the cgroup of the tree. */
+struct failure cgroup_prepare(struct warden *w);
+int cgroup_enter(const struct warden *w);
+bool cgroup_populated(const struct warden *w);
+bool cgroup_settled(const struct warden *w);
+unsigned cgroup_count(const struct warden *w);
+bool cgroup_kill(const struct warden *w);
+void cgroup_freeze(struct warden *w, bool frozen);
+void cgroup_evacuate(const struct warden *w);
+void cgroup_peaks(const struct warden *w, struct message_empty *out);
+void cgroup_remove(struct warden *w);
+
+/* namespace.c: the PID namespace of the tree, and its init. */
+struct failure namespace_prepare(struct warden *w);
+void namespace_main_gone(struct warden *w);
+int be_init(struct warden *w);
+
+/* registry.c: our file in the registry of running trees. */
+int registry_enter(struct warden *w);
+void registry_started(const struct warden *w, unsigned long long start_time);
+void registry_leave(struct warden *w);
+
+/* terminal.c: a foreground job. */
+void terminal_prepare(struct warden *w);
+void terminal_give(const struct warden *w, pid_t group);
+void terminal_take(const struct warden *w);
 
 /* channel.c: messages. */
 void header_init(struct message_header *header, enum message_type type, uint32_t serial);
@@ -149,5 +248,8 @@ uint32_t send_members(struct warden *w, uint32_t serial);
 int sys_pidfd_open(pid_t pid);
 int sys_pidfd_send_signal(int fd, int signo);
 int64_t now_ms(void);
+struct failure failed(int step);
+int write_text(int directory, const char *path, const char *text);
+ssize_t read_text(int directory, const char *path, char *text, size_t size);
 
 #endif

@@ -48,12 +48,12 @@ def warden_path() -> str:
     return os.environ.get(WARDEN_VARIABLE, _DEFAULT_PATH)
 
 
-def _usage(user_us: int, system_us: int, max_rss: int) -> Usage:
-    return Usage(user_us / 1e6, system_us / 1e6, max_rss)
+def _usage(user_us: int, system_us: int, *others: int) -> Usage:
+    return Usage(user_us / 1e6, system_us / 1e6, *others)
 
 
 def _member(raw: RawMember) -> Member:
-    return Member(raw.pid, raw.ppid, raw.start_time, raw.state, raw.name, raw.error)
+    return Member(raw.pid, raw.ppid, raw.start_time, raw.state, raw.name, raw.error, raw.tracer)
 
 
 class WardenContained(Contained):
