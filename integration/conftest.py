@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import proctree
+from proctree.containment import NAMES, choose
 from proctree.process import proof
 
 HERE = Path(__file__).parent
@@ -40,10 +41,19 @@ def actors() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(params=["warden", "group"])
+def available(containment: str) -> str:
+    """The name, or the test is skipped because it cannot be had on this machine."""
+    try:
+        choose(containment)
+    except proctree.ContainmentUnavailable as error:
+        pytest.skip(str(error))
+    return containment
+
+
+@pytest.fixture(params=NAMES)
 def containment(request: pytest.FixtureRequest) -> str:
-    """For what both backends promise."""
-    return str(request.param)
+    """For what every backend promises."""
+    return available(str(request.param))
 
 
 class Lines:

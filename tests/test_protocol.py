@@ -215,6 +215,7 @@ FROM_WARDEN = {
     Type.ASKED: protocol.ASKED,
     Type.EMPTY: protocol.EMPTY,
     Type.FAULT: protocol.FAILURE,
+    Type.STOPPED: protocol.STOPPED,
 }
 MEMBERS_SIZE = protocol.MEMBERS.size + MEMBERS_MAX * protocol.MEMBER.size
 SIZES = sorted({layout.size for layout in FROM_WARDEN.values()} | {MEMBERS_SIZE})

@@ -24,7 +24,10 @@ from proctree.stdio import Stdio
 from proctree.watched import WatchedSubprocess, run
 
 if TYPE_CHECKING:
+    from proctree.attributes import SpawnAttributes
+    from proctree.limits import Limits
     from proctree.outcome import Outcome
+    from proctree.registry import RegistryUnusable, Swept, sweep
     from proctree.sinks import Capture, Chunks, Lines, Log
 
 __version__ = "0.1.0"
@@ -45,30 +48,41 @@ __all__ = [
     "Cut",
     "KillPolicy",
     "Leftovers",
+    "Limits",
     "Lines",
     "Log",
     "Member",
     "Outcome",
     "ProctreeError",
     "Reason",
+    "RegistryUnusable",
     "Scope",
+    "SpawnAttributes",
     "Stage",
     "StageSent",
     "State",
     "Stdio",
+    "Swept",
     "TreeFailed",
     "Usage",
     "WatchedSubprocess",
     "run",
+    "sweep",
 ]
 
-# The values that are made with attrs, whose import takes longer than `proctree run` takes without.
+# What is rarely needed, or made with attrs, whose import takes longer than `proctree run` does
+# without.
 _LAZY = {
     "Capture": "proctree.sinks",
     "Chunks": "proctree.sinks",
     "Lines": "proctree.sinks",
     "Log": "proctree.sinks",
+    "Limits": "proctree.limits",
     "Outcome": "proctree.outcome",
+    "RegistryUnusable": "proctree.registry",
+    "SpawnAttributes": "proctree.attributes",
+    "Swept": "proctree.registry",
+    "sweep": "proctree.registry",
 }
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from proctree.attributes import SpawnAttributes
 
 TREE_VARIABLE = "PROCTREE_TREE"
 """Environment variable that names the trees a process is in: the outermost first, slashes between.
@@ -25,6 +28,9 @@ class Command(NamedTuple):
         cwd: the directory to start in, or None.
         env: the whole environment.
         pass_fds: descriptors above 2 that the tree gets, under the same numbers.
+        attributes: what it is given besides, or None.
+        terminal: whether its standard input becomes its controlling terminal.
+        new_session: whether it leads a session of its own, or only a process group.
     """
 
     argv: tuple[bytes, ...]
@@ -33,6 +39,9 @@ class Command(NamedTuple):
     cwd: bytes | None
     env: Mapping[bytes, bytes]
     pass_fds: tuple[int, ...] = ()
+    attributes: SpawnAttributes | None = None
+    terminal: bool = False
+    new_session: bool = True
 
     @property
     def program(self) -> str:
@@ -117,7 +126,32 @@ def _pass_fds(fds: Any) -> tuple[int, ...]:
     return tuple(sorted(set(result)))
 
 
-def check(target: Any, *, cwd: Any, env: Any, name: Any, pass_fds: Any, tree_id: str) -> Command:
+def _attributes(value: Any) -> SpawnAttributes | None:
+    if value is None:
+        return None
+    from proctree.attributes import to_attributes
+
+    return to_attributes(value)
+
+
+def to_flag(value: Any, argument: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: True or False, not {value!r}")
+    return value
+
+
+def check(
+    target: Any,
+    *,
+    cwd: Any,
+    env: Any,
+    name: Any,
+    pass_fds: Any,
+    tree_id: str,
+    attributes: Any = None,
+    terminal: bool = False,
+    new_session: Any = True,
+) -> Command:
     """Checks what the user gave and completes it.
 
     Raises:
@@ -141,4 +175,7 @@ def check(target: Any, *, cwd: Any, env: Any, name: Any, pass_fds: Any, tree_id:
         cwd=None if cwd is None else _encode(cwd, "cwd"),
         env=environment,
         pass_fds=_pass_fds(pass_fds),
+        attributes=_attributes(attributes),
+        terminal=terminal,
+        new_session=to_flag(new_session, "new_session"),
     )

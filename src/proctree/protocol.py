@@ -183,9 +183,12 @@ def _decode_members(data: bytes) -> Message:
         raise ProtocolError(f"MEMBERS with {count} members")
     members = []
     for index in range(count):
-        *numbers, state, comm = MEMBER.unpack_from(data, MEMBERS.size + index * MEMBER.size)
+        fields = MEMBER.unpack_from(data, MEMBERS.size + index * MEMBER.size)
+        pid, ppid, pgrp, session, start, error, tracer, state, comm = fields
         name = comm.split(b"\0", 1)[0].decode("utf-8", "replace")
-        members.append(RawMember(*numbers, state.decode("latin-1"), name))
+        members.append(
+            RawMember(pid, ppid, pgrp, session, start, error, tracer, state.decode("latin-1"), name)
+        )
     return Message(Type.MEMBERS, flags, serial, (count, total), tuple(members))
 
 

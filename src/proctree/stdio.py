@@ -25,6 +25,8 @@ from proctree.output import (
 from proctree.process import fds
 from proctree.records import Cut
 from proctree.streams import InputStream, OutputStream, widen
+from proctree.terminal import Terminal, WindowSize, to_window
+from proctree.terminal import make as make_terminal
 from proctree.worker import Worker
 
 
@@ -144,16 +146,37 @@ class Streams:
         TypeError, ValueError: naming the argument. Nothing is open then.
     """
 
-    def __init__(self, stdin: Any, stdout: Any, stderr: Any) -> None:
+    def __init__(self, stdin: Any, stdout: Any, stderr: Any, pty: Any = None) -> None:
         self._stdin = _input(stdin)
         self._stdout = _output(stdout, "stdout")
         self._stderr = _output(stderr, "stderr")
+        self._window = to_window(pty)
+        if self._window is not None:
+            self._check_terminal()
+        self.terminal: Terminal | None = None
+        self._terminal_fd: int | None = None
         self._child_ends: list[int] = []
         self._input_fd: int | None = None
         self._output_fds: dict[str, int] = {}
         self._input: InputStream | None = None
         self._streams: dict[str, OutputStream] = {}
         self._captures: dict[str, CaptureSink] = {}
+
+    def _check_terminal(self) -> None:
+        if self._stdin is not Stdio.INHERIT and not isinstance(self._stdin, bytes):
+            raise ValueError("stdin: with a pty it is the terminal; give bytes to type, or nothing")
+        if not _is_piped(self._stdout):
+            raise ValueError(
+                "stdout: with a pty, say what becomes of the terminal's output: CAPTURE, Lines, "
+                "Chunks or Log"
+            )
+        if self._stderr not in (Stdio.INHERIT, Stdio.STDOUT):
+            raise ValueError("stderr: with a pty it is the terminal, like stdout")
+        self._stderr = Stdio.STDOUT
+
+    @property
+    def has_terminal(self) -> bool:
+        return self._window is not None
 
     @property
     def outputs(self) -> int:
@@ -168,11 +191,20 @@ class Streams:
         Raises:
             OSError: a file cannot be opened; it names the file.
         """
+        if self._window is not None:
+            return self._open_terminal(self._window)
         stdin = self._open_input()
         stdout = self._open_output("stdout", self._stdout)
         if self._stderr is Stdio.STDOUT:
             return stdin, stdout, stdout if stdout is not None else 1
         return stdin, stdout, self._open_output("stderr", self._stderr)
+
+    def _open_terminal(self, size: WindowSize) -> tuple[int, int, int]:
+        ours, theirs = make_terminal(size)
+        self._output_fds["stdout"] = fds.own(ours)
+        self._child_end(theirs)
+        self._terminal_fd = fds.own(fds.above_stdio(os.dup(ours)))
+        return theirs, theirs, theirs
 
     def _open_input(self) -> int | None:
         value = self._stdin
@@ -229,6 +261,8 @@ class Streams:
         """
         if self._input_fd is not None:
             self._input = InputStream(loop, self._input_fd, self._stdin)
+        if self._terminal_fd is not None:
+            self.terminal, self._terminal_fd = Terminal(loop, self._terminal_fd), None
         for name, fd in self._output_fds.items():
             sink = self._sink(name, tree)
             self._streams[name] = OutputStream(loop, fd, sink, tree.stream_ended)
@@ -236,6 +270,8 @@ class Streams:
     def start(self) -> None:
         if self._input is not None:
             self._input.start()
+        if self.terminal is not None and isinstance(self._stdin, bytes):
+            self.terminal.type_all(self._stdin)
         for stream in self._streams.values():
             stream.start()
 
@@ -288,6 +324,11 @@ class Streams:
         if self._input is None and self._input_fd is not None:
             fds.close(self._input_fd)
         self._input, self._input_fd = None, None
+        if self.terminal is not None:
+            self.terminal.close()
+        if self._terminal_fd is not None:
+            fds.close(self._terminal_fd)
+            self._terminal_fd = None
 
     def captured(self) -> tuple[Captured, Captured]:
         """(stdout, stderr), each its bytes or None, and what was cut out of them."""

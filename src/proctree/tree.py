@@ -29,6 +29,7 @@ from proctree.worker import Worker
 
 if TYPE_CHECKING:
     from proctree.outcome import Outcome
+    from proctree.terminal import Terminal
 
 _alive: set[Tree] = set()
 """Trees that have not been closed, for the end of the interpreter."""
@@ -59,6 +60,8 @@ class Tree:
         self.closed = Latch()
         self.ending: Ending | None = None
         self._outcome: Outcome | None = None
+        self.when_stopped: list[Callable[[int], None]] = []
+        """Called on the loop's thread when the main process of a foreground job was stopped."""
         self.start_error: Exception | None = None
         self._streams = streams
         self._timeout = timeout
@@ -89,6 +92,10 @@ class Tree:
     @property
     def pid(self) -> int | None:
         return self.contained.pid
+
+    @property
+    def terminal(self) -> Terminal | None:
+        return self._streams.terminal
 
     def _take_token(self) -> bool:
         try:
@@ -230,6 +237,14 @@ class Tree:
 
     def sent(self, serial: int, count: int | None, denied: int) -> None:
         self._results[serial] = (count, denied)
+
+    def stopped(self, signo: int) -> None:
+        for callback in tuple(self.when_stopped):
+            callback(signo)
+
+    def foreground(self) -> None:
+        """From any thread."""
+        self._loop.post(self.contained.foreground)
 
     def _signal(self, stage: Stage) -> None:
         if self.life.state in (State.NEW, State.STARTING):

@@ -14,10 +14,12 @@ from proctree import containment as _containment
 from proctree import loop as _loop
 from proctree import tree as _tree
 from proctree.command import StrPath, Target
+from proctree.containment.base import Wanted
 from proctree.errors import ProctreeError, TreeFailed
 from proctree.lifecycle import State
 from proctree.policy import (
     KillPolicy,
+    Leftovers,
     Stage,
     to_leftovers,
     to_policy,
@@ -29,12 +31,23 @@ from proctree.records import Reason
 from proctree.stdio import Streams
 
 if TYPE_CHECKING:
+    from proctree.attributes import SpawnAttributes
+    from proctree.limits import Limits
     from proctree.outcome import Outcome
     from proctree.process.snapshot import ProcessInfo
+    from proctree.terminal import Terminal
 
 DEFAULT_POLICY = KillPolicy()
 DRAIN_TIMEOUT = 0.5
 """Seconds that an output stream which never ends may cost after the end of its tree."""
+
+
+def _limits(value: object) -> Limits | None:
+    if value is None:
+        return None
+    from proctree.limits import to_limits
+
+    return to_limits(value)
 
 
 class WatchedSubprocess:
@@ -57,13 +70,22 @@ class WatchedSubprocess:
         stdin: None (ours), `DEVNULL`, bytes to feed, a descriptor, a file, or a path.
         stdout, stderr: None (ours), `DEVNULL`, `CAPTURE` or `Capture(...)`, `Lines(...)`,
             `Chunks(...)`, `Log(...)`, a descriptor, a file, or a path; `STDOUT` for stderr.
-        containment: `"auto"`, `"warden"` or `"group"`; docs/guarantees.md says what each promises.
+        containment: `"auto"`, `"pidns"`, `"cgroup"`, `"warden"` or `"group"`; docs/guarantees.md
+            says what each promises. Default `"auto"`: the strongest that costs no behaviour.
         name: for `ps` and logs. Default: the name of the program or callable.
         leftovers: what becomes of processes that the main process leaves behind: `"kill"`
             (default), `"wait"` or `"leave"`.
         pass_fds: descriptors that the tree gets under the same numbers.
         drain_timeout: seconds that an output stream which something outside the tree keeps open
             may cost after the tree's end. Default 0.5.
+        attributes: `SpawnAttributes`: resource limits, priorities, user and groups, umask...
+        limits: `Limits` of the whole tree; needs containment `"cgroup"` and its controllers.
+        pty: True, or (rows, columns): the tree gets a pseudo-terminal as its standard streams and
+            as the controlling terminal of its session. `stdout` says what becomes of its output,
+            bytes for `stdin` are typed into it, and `terminal` is our end.
+        new_session: False starts a foreground job: the main process stays in our session, in a
+            process group of its own, which has our terminal while it runs if we have it. Default
+            True: a session of its own.
 
     Raises:
         TypeError, ValueError: a bad argument, by name. Nothing was started.
@@ -86,18 +108,39 @@ class WatchedSubprocess:
         leftovers: str = "kill",
         pass_fds: Sequence[int] = (),
         drain_timeout: float = DRAIN_TIMEOUT,
+        attributes: SpawnAttributes | None = None,
+        limits: Limits | None = None,
+        pty: bool | tuple[int, int] = False,
+        new_session: bool = True,
     ) -> None:
         tree_id = os.urandom(8).hex()
+        streams = Streams(stdin, stdout, stderr, pty)
         command = _command.check(
-            target, cwd=cwd, env=env, name=name, pass_fds=pass_fds, tree_id=tree_id
+            target,
+            cwd=cwd,
+            env=env,
+            name=name,
+            pass_fds=pass_fds,
+            tree_id=tree_id,
+            attributes=attributes,
+            terminal=streams.has_terminal,
+            new_session=new_session,
+        )
+        if command.terminal and not command.new_session:
+            raise ValueError("new_session: a pty is the terminal of a session of its own")
+        leftover_policy = to_leftovers(leftovers)
+        wanted = Wanted(
+            leave=leftover_policy is Leftovers.LEAVE,
+            new_session=command.new_session,
+            limits=_limits(limits),
         )
         self._tree = _tree.Tree(
             tree_id,
             command,
-            _containment.choose(containment)(tree_id),
-            Streams(stdin, stdout, stderr),
+            _containment.choose(containment, wanted)(tree_id, wanted),
+            streams,
             to_policy(kill, "kill"),
-            to_leftovers(leftovers),
+            leftover_policy,
             None if timeout is None else to_seconds(timeout, "timeout"),
             to_seconds(drain_timeout, "drain_timeout"),
         )
@@ -161,8 +204,13 @@ class WatchedSubprocess:
 
     @property
     def containment(self) -> str:
-        """The backend that holds the tree: `"warden"` or `"group"`."""
+        """The backend that holds the tree: `"pidns"`, `"cgroup"`, `"warden"` or `"group"`."""
         return self._tree.contained.name
+
+    @property
+    def terminal(self) -> Terminal | None:
+        """Our end of the tree's pseudo-terminal: None without `pty`, and before the start."""
+        return self._tree.terminal
 
     @property
     def outcome(self) -> Outcome | None:

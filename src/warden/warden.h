@@ -33,6 +33,7 @@ struct options {
     int control;
     pid_t supervisor;
     pid_t adopt;
+    int proc;  /* our /proc, where another one has been mounted over it; or -1 */
     bool scan; /* do not use /proc/PID/task/TID/children even where the kernel has it */
     char *cwd;
     char *pass;

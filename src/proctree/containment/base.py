@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from proctree.command import Command
 from proctree.errors import errno_name
@@ -13,8 +13,26 @@ from proctree.loop import Loop
 from proctree.policy import KillPolicy, Stage
 from proctree.records import Usage
 
+if TYPE_CHECKING:
+    from proctree.limits import Limits
+
 Descriptors = tuple[int | None, int | None, int | None]
 """What the child's 0, 1 and 2 are to be; None keeps what is there."""
+
+
+class Wanted(NamedTuple):
+    """What a tree needs of its containment.
+
+    Attributes:
+        leave: what the main process leaves behind is to live on.
+        new_session: the main process leads a session of its own.
+        limits: for its cgroup, or None.
+    """
+
+    leave: bool = False
+    new_session: bool = True
+    limits: Limits | None = None
+
 
 MEMBERS_REPORTED = 1024
 """How many leftovers or survivors are kept: a tree must not bloat its supervisor."""
@@ -47,6 +65,9 @@ class Owner(Protocol):
     def sent(self, serial: int, count: int | None, denied: int) -> None:
         """What came of `send`."""
 
+    def stopped(self, signo: int) -> None:
+        """The main process of a foreground job was stopped, and its terminal taken from it."""
+
 
 class Nobody:
     """The owner of a tree that is closed: nothing that comes late reaches anybody. It also undoes
@@ -62,8 +83,14 @@ class Nobody:
     def sent(self, serial: int, count: int | None, denied: int) -> None:
         """Too late."""
 
+    def stopped(self, signo: int) -> None:
+        """Too late."""
+
 
 NOBODY = Nobody()
+
+
+WANT_NOTHING = Wanted()
 
 
 class Contained(abc.ABC):
@@ -74,8 +101,9 @@ class Contained(abc.ABC):
 
     name: str
 
-    def __init__(self, tree_id: str) -> None:
+    def __init__(self, tree_id: str, wanted: Wanted = WANT_NOTHING) -> None:
         self.tree_id = tree_id
+        self.wanted = wanted
         self.pid: int | None = None
         self.usage = Usage()
         self.exit_usage = Usage()
@@ -84,6 +112,16 @@ class Contained(abc.ABC):
     @abc.abstractmethod
     def unavailable(cls) -> str | None:
         """Why this backend cannot be used here, or None. From any thread."""
+
+    @classmethod
+    def unfit(cls, wanted: Wanted) -> str | None:
+        """Why this backend cannot give a tree what it needs, or None. From any thread."""
+        return None if wanted.limits is None else "limits need containment 'cgroup'"
+
+    @classmethod
+    def unasked(cls) -> str | None:
+        """Why "auto" does not take this backend although it could be had, or None."""
+        return None
 
     @abc.abstractmethod
     def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
@@ -112,6 +150,11 @@ class Contained(abc.ABC):
     @abc.abstractmethod
     def release(self) -> None:
         """Let go of what is left, unharmed."""
+
+    def foreground(self) -> None:
+        """SIGCONT to the main process's group, which gets the terminal again if it is ours to
+        give. Only for those that are fit for a foreground job."""
+        raise NotImplementedError(self.name)
 
     @abc.abstractmethod
     def set_frozen(self, frozen: bool) -> None:

@@ -18,14 +18,16 @@ import signal
 import struct
 from functools import partial
 
-from proctree import events
+from proctree import events, registry
 from proctree.command import Command
 from proctree.containment.base import (
     MEMBERS_REPORTED,
     NOBODY,
+    WANT_NOTHING,
     Contained,
     Descriptors,
     Owner,
+    Wanted,
     proc_trouble,
 )
 from proctree.errors import errno_name, start_error
@@ -34,9 +36,9 @@ from proctree.loop import READ, Loop
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import child, fds, prctl, proof
 from proctree.process.proof import Stat
-from proctree.process.sweep import Search, find
+from proctree.process.sweep import Search, find, to_member
 from proctree.protocol import STEPS
-from proctree.records import Member, Usage
+from proctree.records import Usage
 
 # ioctl_pidfd(2): the exit status of a process that somebody else has reaped, since Linux 6.15.
 PIDFD_GET_INFO = 0xC0000000 | (64 << 16) | (0xFF << 8) | 11
@@ -58,8 +60,9 @@ def status_from_pidfd(pidfd: int) -> int | None:
 class GroupContained(Contained):
     name = "group"
 
-    def __init__(self, tree_id: str) -> None:
-        super().__init__(tree_id)
+    def __init__(self, tree_id: str, wanted: Wanted = WANT_NOTHING) -> None:
+        super().__init__(tree_id, wanted)
+        self._entry: registry.Held | None = None
         self._loop: Loop
         self._owner: Owner
         self._command: Command
@@ -78,6 +81,12 @@ class GroupContained(Contained):
         if not hasattr(os, "pidfd_open"):
             return "this Python was built without pidfd_open"
         return proc_trouble()
+
+    @classmethod
+    def unfit(cls, wanted: Wanted) -> str | None:
+        if not wanted.new_session:
+            return "a foreground job needs the warden, which takes the terminal back"
+        return super().unfit(wanted)
 
     # -- making it
 
@@ -104,6 +113,9 @@ class GroupContained(Contained):
             # Another thread of the host may be in waitpid(-1): the child must not end before
             # its pidfd is open.
             self._main_pidfd = fds.own(os.pidfd_open(pid))
+            stat = proof.read_stat(pid)
+            self._main_start = stat.start_time if stat else 0
+            self._register(command, pid)
             os.write(opener, b"g")
         except OSError:
             os.close(reader)
@@ -119,8 +131,19 @@ class GroupContained(Contained):
         self.pid = pid
         self._report = fds.own(reader)
         os.set_blocking(self._report, False)
-        stat = proof.read_stat(pid)
-        self._main_start = stat.start_time if stat else 0
+
+    def _register(self, command: Command, pid: int) -> None:
+        """Nobody but us can hold the entry, so it is of use when we die, and not before."""
+        folder = registry.directory()
+        if folder is not None:
+            path = registry.path_of(folder, self.tree_id)
+            text = registry.record(self.tree_id, command.name, self.name, None)
+            self._entry = registry.Held.enter(path, text, (pid, self._main_start))
+
+    def _unregister(self) -> None:
+        if self._entry is not None:
+            self._entry.leave()
+            self._entry = None
 
     def attach(self, loop: Loop, owner: Owner) -> None:
         self._loop = loop
@@ -173,7 +196,7 @@ class GroupContained(Contained):
         self._main_exited = True
         status = self._peek()
         members = self._find()
-        leftovers = tuple(_member(stat) for _, stat in members[:MEMBERS_REPORTED])
+        leftovers = tuple(to_member(stat, 0) for _, stat in members[:MEMBERS_REPORTED])
         self._watch(members)
         self._owner.happened(
             Event.MAIN_EXITED, status=status, leftovers=leftovers, empty=not leftovers
@@ -312,13 +335,12 @@ class GroupContained(Contained):
     def survey(self) -> None:
         members = self._find()
         survivors = [
-            _member(stat)._replace(error=_signal_error(pidfd))
-            for pidfd, stat in members[:MEMBERS_REPORTED]
+            to_member(stat, _signal_error(pidfd)) for pidfd, stat in members[:MEMBERS_REPORTED]
         ]
         if not self._main_exited and self.pid is not None:
             main = proof.read_stat(self.pid)
-            if main is not None and not main.dead:
-                survivors.insert(0, _member(main))
+            if main is not None:
+                survivors.insert(0, to_member(main, 0))
         for pidfd, _ in members:
             os.close(pidfd)
         result = tuple(survivors)
@@ -335,6 +357,7 @@ class GroupContained(Contained):
 
     def close(self) -> None:
         self._closed = True
+        self._unregister()
         self._owner = NOBODY
         for pidfd in list(self._watched):
             self._forget(pidfd)
@@ -359,7 +382,3 @@ def _signal_error(pidfd: int) -> int:
     except OSError as error:
         return error.errno or 0
     return 0
-
-
-def _member(stat: Stat) -> Member:
-    return Member(stat.pid, stat.ppid, stat.start_time, stat.state, stat.name)

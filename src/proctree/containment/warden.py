@@ -13,25 +13,28 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
-from proctree import events, protocol
+from proctree import events, protocol, registry
 from proctree.command import Command
 from proctree.containment.base import (
     MEMBERS_REPORTED,
     NOBODY,
+    WANT_NOTHING,
     Contained,
     Descriptors,
     Owner,
+    Wanted,
     proc_trouble,
 )
 from proctree.errors import ContainmentUnavailable, errno_name, start_error
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
-from proctree.policy import KillPolicy, Stage
+from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import fds
 from proctree.protocol import Message, ProtocolError, RawMember, Type
 from proctree.records import Member, Reason, Usage
 
 if TYPE_CHECKING:
+    from proctree.attributes import SpawnAttributes
     from proctree.process.prctl import Prctl
 
 WARDEN_VARIABLE = "PROCTREE_WARDEN"
@@ -56,11 +59,33 @@ def _member(raw: RawMember) -> Member:
     return Member(raw.pid, raw.ppid, raw.start_time, raw.state, raw.name, raw.error, raw.tracer)
 
 
+def _attribute_arguments(attributes: SpawnAttributes) -> list[bytes]:
+    """As options.c reads them."""
+    numbers = {
+        "umask": attributes.umask,
+        "nice": attributes.nice,
+        "ionice": attributes.ionice_value,
+        "oom": attributes.oom_score_adj,
+        "uid": attributes.uid,
+        "gid": attributes.gid,
+        "nonewprivs": 1 if attributes.no_new_privs else None,
+    }
+    lists = {"groups": attributes.groups, "affinity": attributes.affinity}
+    texts = [f"{name}={value}" for name, value in numbers.items() if value is not None]
+    texts += [f"{k}={','.join(map(str, v))}" for k, v in lists.items() if v is not None]
+    texts += [f"rlimit={','.join(map(str, limit))}" for limit in attributes.rlimits]
+    return [text.encode() for text in texts]
+
+
 class WardenContained(Contained):
     name = "warden"
+    cgroup: str | None = None
+    parent_visible = True
+    """Whether the main process can see who its parent is."""
 
-    def __init__(self, tree_id: str) -> None:
-        super().__init__(tree_id)
+    def __init__(self, tree_id: str, wanted: Wanted = WANT_NOTHING) -> None:
+        super().__init__(tree_id, wanted)
+        self._entry: str | None = None
         self._warden = -1
         self._pidfd = -1
         self._control: socket.socket | None = None
@@ -127,7 +152,21 @@ class WardenContained(Contained):
         ]
         if command.pass_fds:
             arguments.append(b"pass=" + b",".join(b"%d" % fd for fd in command.pass_fds))
-        return arguments
+        if command.terminal:
+            arguments.append(b"terminal=1")
+        if not command.new_session:
+            arguments.append(b"keepsession=1")
+        if command.attributes is not None and command.function is None:
+            arguments += _attribute_arguments(command.attributes)
+        return arguments + self._registry_arguments(command)
+
+    def _registry_arguments(self, command: Command) -> list[bytes]:
+        folder = registry.directory()
+        if folder is None:
+            return []
+        self._entry = registry.path_of(folder, self.tree_id)
+        text = registry.record(self.tree_id, command.name, self.name, self.cgroup)
+        return [b"entry=" + os.fsencode(self._entry), b"record=" + text.encode()]
 
     def _spawn_command(self, command: Command, stdio: Descriptors, control: int) -> int:
         arguments = self._arguments(command, control)
@@ -137,6 +176,9 @@ class WardenContained(Contained):
             (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(stdio) if fd is not None
         ]
         actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (control, *command.pass_fds)]
+        # A foreground job's warden is in our session: in our group, the terminal's Ctrl-C would
+        # reach it before it can ignore it.
+        group = {} if command.new_session else {"setpgroup": 0}
         # posix_spawn(3) uses CLONE_VFORK: its cost does not grow with our memory, and no Python
         # runs between fork and exec.
         return os.posix_spawn(
@@ -144,6 +186,7 @@ class WardenContained(Contained):
             [*arguments, b"--", *command.argv],
             command.env,
             file_actions=actions,
+            **group,  # type: ignore[arg-type]
         )
 
     def _fork_callable(self, command: Command, stdio: Descriptors, control: int) -> int:
@@ -158,10 +201,71 @@ class WardenContained(Contained):
         try:
             pid = os.fork()
             if pid == 0:
-                _become_warden(path, arguments, command, stdio, control, calls)
+                self._become_warden(path, arguments, command, stdio, control, calls)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
+
+    def _become_warden(
+        self,
+        path: str,
+        arguments: list[bytes],
+        command: Command,
+        stdio: Descriptors,
+        control: int,
+        calls: Prctl,
+    ) -> NoReturn:
+        """In the forked child: forks the callable, then execs the warden over this process.
+
+        The subreaper flag is set before the callable exists, so that nothing it starts can get
+        away, and survives exec, as children do.
+        """
+        from proctree.process import child
+
+        report = b""
+        try:
+            child.lead_group(command)
+            calls.set_child_subreaper(True)
+            self._prepare_callable()
+            reader, writer = os.pipe()
+            parent = os.getpid() if self.parent_visible else None
+            cgroup = None if self.cgroup is None else os.fsencode(self.cgroup)
+            pid = os.fork()
+            if pid == 0:
+                unwanted = (control, reader)
+                child.run_forked(command, stdio, calls, parent, writer, unwanted, cgroup=cgroup)
+            os.close(writer)
+            report = os.read(reader, child.REPORT.size)
+            if report:
+                os.waitpid(pid, 0)
+                self._abandon_callable()
+            else:
+                os.set_inheritable(control, True)
+                arguments = [*arguments, *self._callable_arguments(), b"adopt=%d" % pid]
+                os.execve(path, arguments, command.env)
+        except child.StepFailed as failed:
+            report = child.REPORT.pack(failed.error, child.step_number(failed.step))
+        except OSError as error:
+            report = child.REPORT.pack(error.errno or 0, child.step_number("fork"))
+        finally:
+            # The callable dies with us, by PDEATHSIG.
+            _report_failure(control, report)
+            os._exit(1)
+
+    def _prepare_callable(self) -> None:
+        """In the child that is to be the warden, before it forks the callable: what must be there
+        for it to be born into.
+
+        Raises:
+            OSError, StepFailed: it cannot be made.
+        """
+
+    def _abandon_callable(self) -> None:
+        """Undoes `_prepare_callable`, after the callable has ended."""
+
+    def _callable_arguments(self) -> list[bytes]:
+        """What the warden has to know of it."""
+        return []
 
     # -- what the warden says
 
@@ -248,11 +352,17 @@ class WardenContained(Contained):
         self._said_empty = True
         self._when_reaped(lambda: self._owner.happened(Event.EMPTY))
 
+    def _take_stopped(self, message: Message) -> None:
+        (signo,) = message.values
+        self._owner.stopped(signo)
+
     def _take_fault(self, message: Message) -> None:
         number, step = message.values
         name = protocol.STEPS.get(step, f"step {step}")
         text = f"the warden failed at step {name!r}: {errno_name(number)}"
-        if self._started:
+        if name == "registry":
+            events.warning("registry.failed", file=self._entry, errno=errno_name(number))
+        elif self._started:
             events.error("warden.fault", tree_id=self.tree_id, step=name, errno=errno_name(number))
         else:
             self._fail(ContainmentUnavailable(text), text)
@@ -267,6 +377,7 @@ class WardenContained(Contained):
         Type.ASKED: _take_asked,
         Type.EMPTY: _take_empty,
         Type.FAULT: _take_fault,
+        Type.STOPPED: _take_stopped,
     }
 
     def _lose(self, detail: str) -> None:
@@ -367,14 +478,25 @@ class WardenContained(Contained):
         )
 
         def work() -> None:
-            survivors = sweep(search)
+            self._end_at_once()
+            _ended, survivors = sweep(search)
             self._kill_warden()
+            if self._entry is not None and not survivors:
+                registry.forget(self._entry)
             self._loop.post(lambda: self._when_reaped(lambda: say(survivors)))
 
         def say(survivors: tuple[Member, ...]) -> None:
             self._owner.happened(Event.SURVEYED, survivors=survivors)
 
         Worker().post(work)
+
+    def _end_at_once(self) -> None:
+        """On a worker's thread, and without a warden: what the kernel can end as a whole."""
+
+    def foreground(self) -> None:
+        stage = Stage(signal.SIGCONT, 0.0, Scope.GROUP)
+        serial = self._next_serial()
+        self._say(protocol.encode_signal(serial, stage, resume=False, foreground=True))
 
     def root(self) -> int | None:
         return None if self._warden < 0 or self._reaped else self._warden
@@ -393,49 +515,12 @@ class WardenContained(Contained):
         self._reap()
 
 
-def _become_warden(
-    path: str,
-    arguments: list[bytes],
-    command: Command,
-    stdio: Descriptors,
-    control: int,
-    calls: Prctl,
-) -> NoReturn:
-    """In the forked child: forks the callable, then execs the warden over this process.
-
-    The subreaper flag is set before the callable exists, so that nothing it starts can get away,
-    and survives exec, as children do.
-    """
-    from proctree.process import child
-
-    try:
-        os.setsid()
-        calls.set_child_subreaper(True)
-        reader, writer = os.pipe()
-        warden = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            child.run_forked(command, stdio, calls, warden, writer, (control, reader))
-        os.close(writer)
-        report = os.read(reader, child.REPORT.size)
-        if report:
-            _report_failure(control, report)
-            os.waitpid(pid, 0)
-            os._exit(1)
-        os.set_inheritable(control, True)
-        os.execve(path, [*arguments, b"adopt=%d" % pid], command.env)
-    except OSError as error:
-        step = child.step_number("fork")
-        _report_failure(control, child.REPORT.pack(error.errno or 0, step))
-    finally:
-        # The callable dies with us, by PDEATHSIG.
-        os._exit(1)
-
-
 def _report_failure(control: int, report: bytes) -> None:
     """Says what the warden would have said."""
     from proctree.process import child
 
+    if not report:
+        return
     number, step = child.REPORT.unpack(report)
     message = protocol.FAILURE.pack(protocol.VERSION, Type.EXEC_FAILED, 0, 0, number, step)
     with contextlib.suppress(OSError):

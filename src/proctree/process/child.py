@@ -7,17 +7,23 @@ another thread might have held, logs nothing, and imports nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import struct
 import sys
+import termios
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from proctree.command import Command
 from proctree.process.prctl import Prctl
+from proctree.process.setting import set_ionice, set_rlimit
 from proctree.protocol import STEPS
+
+if TYPE_CHECKING:
+    from proctree.attributes import SpawnAttributes
 
 Descriptors = tuple[int | None, int | None, int | None]
 """What 0, 1 and 2 are to be; None keeps what is there."""
@@ -40,15 +46,81 @@ def _step(name: str):  # type: ignore[no-untyped-def]
         raise StepFailed(name, error.errno or 0) from None
 
 
-def lead_session(prctl: Prctl, parent: int) -> None:
-    """Own session and group, and SIGKILL when the parent ends."""
-    with _step("setsid"):
-        os.setsid()
+def lead_group(command: Command) -> None:
+    """Own session, or for a foreground job an own group."""
+    if command.new_session:
+        with _step("setsid"):
+            os.setsid()
+    else:
+        with _step("setpgid"):
+            os.setpgid(0, 0)
+
+
+def die_with_parent(prctl: Prctl, parent: int | None) -> None:
+    """SIGKILL when the parent ends. The last of what concerns credentials: the kernel forgets the
+    signal when they change (prctl(2), PR_SET_PDEATHSIG).
+
+    Args:
+        parent: None when its end cannot be missed (in a PID namespace that ends with it).
+    """
     with _step("pdeathsig"):
         prctl.set_pdeathsig(signal.SIGKILL)
-    # The parent may have died before the line above: then that signal never comes (prctl(2)).
-    if os.getppid() != parent:
+    # The parent may have died before the line above: then that signal never comes.
+    if parent is not None and os.getppid() != parent:
         os._exit(127)
+
+
+def join_cgroup(path: bytes) -> None:
+    """Moves this process into the cgroup: cgroups(7)."""
+    with _step("cgroup"):
+        fd = os.open(path + b"/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
+
+
+def apply_attributes(attributes: SpawnAttributes) -> None:
+    """What asks for privileges, before `apply_credentials` gives them up. As attributes.c."""
+    if attributes.oom_score_adj is not None:
+        with _step("oom_score_adj"), open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
+            file.write(b"%d" % attributes.oom_score_adj)
+    if attributes.nice is not None:
+        with _step("nice"):
+            os.setpriority(os.PRIO_PROCESS, 0, attributes.nice)
+    if attributes.ionice_value is not None:
+        with _step("ionice"):
+            set_ionice(attributes.ionice_value)
+    if attributes.affinity is not None:
+        with _step("affinity"):
+            os.sched_setaffinity(0, attributes.affinity)
+    for number, *limits in attributes.rlimits:
+        with _step("rlimits"):
+            set_rlimit(number, *limits)
+    if attributes.umask is not None:
+        os.umask(attributes.umask)
+
+
+def apply_credentials(attributes: SpawnAttributes, prctl: Prctl) -> None:
+    """In the order that setresuid(2) leaves possible: the groups first, the user last."""
+    if attributes.groups is not None:
+        with _step("groups"):
+            os.setgroups(attributes.groups)
+    if (gid := attributes.gid) is not None:
+        with _step("gid"):
+            os.setresgid(gid, gid, gid)
+    if (uid := attributes.uid) is not None:
+        with _step("uid"):
+            os.setresuid(uid, uid, uid)
+    if attributes.no_new_privs:
+        with _step("no_new_privs"):
+            prctl.set_no_new_privs()
+
+
+def take_terminal() -> None:
+    """Standard input becomes the controlling terminal of our new session: ioctl_tty(2)."""
+    with _step("terminal"):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def reset_signals() -> None:
@@ -153,12 +225,17 @@ def run_forked(
     command: Command,
     stdio: Descriptors,
     prctl: Prctl,
-    parent: int,
+    parent: int | None,
     report: int,
     unwanted: tuple[int, ...],
     gate: int | None = None,
+    cgroup: bytes | None = None,
 ) -> NoReturn:
     """The forked child that is to be the main process, for a command or a callable.
+
+    Args:
+        parent: our parent's number, or None when it cannot be seen from here.
+        cgroup: the directory of the cgroup to move to, or None.
 
     With a `gate` it begins when a byte comes through: until then the parent can be certain that the
     number which fork gave it is this process, whoever else waits for its children.
@@ -172,9 +249,18 @@ def run_forked(
                 os.close(fd)
             if gate is not None and not os.read(gate, 1):
                 os._exit(127)  # the parent is gone
-            lead_session(prctl, parent)
+            if cgroup is not None:
+                join_cgroup(cgroup)
+            lead_group(command)
             place_stdio(stdio)
+            if command.terminal:
+                take_terminal()
+            if command.attributes is not None:
+                apply_attributes(command.attributes)
             enter(command)
+            if command.attributes is not None:
+                apply_credentials(command.attributes, prctl)
+            die_with_parent(prctl, parent)
             reset_signals()
             if command.function is None:
                 close_others((report, *command.pass_fds))

@@ -14,6 +14,7 @@ PR_SET_PDEATHSIG = 1
 PR_GET_PDEATHSIG = 2
 PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
+PR_SET_NO_NEW_PRIVS = 38
 
 
 class Prctl(Protocol):
@@ -25,6 +26,9 @@ class Prctl(Protocol):
     def get_pdeathsig(self) -> int:
         """PR_GET_PDEATHSIG."""
         ...
+
+    def set_no_new_privs(self) -> None:
+        """PR_SET_NO_NEW_PRIVS: no exec of ours or of what we start gains privileges."""
 
     def set_child_subreaper(self, on: bool) -> None:
         """PR_SET_CHILD_SUBREAPER: orphaned descendants become our children."""
@@ -57,6 +61,9 @@ class LibcPrctl:
     def get_pdeathsig(self) -> int:
         return self._get(PR_GET_PDEATHSIG)
 
+    def set_no_new_privs(self) -> None:
+        self._call(PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1))
+
     def set_child_subreaper(self, on: bool) -> None:
         self._call(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(on))
 
@@ -79,6 +86,9 @@ class PackagePrctl:
 
     def get_pdeathsig(self) -> int:
         return int(self._module.get_pdeathsig())
+
+    def set_no_new_privs(self) -> None:
+        self._module.set_no_new_privs(1)
 
     def set_child_subreaper(self, on: bool) -> None:
         self._module.set_child_subreaper(int(on))

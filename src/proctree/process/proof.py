@@ -58,6 +58,18 @@ def read_stat(pid: int) -> Stat | None:
         return None
 
 
+def read_tracer(pid: int) -> int:
+    """Who traces it (ptrace(2)), or 0."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"TracerPid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
 def read_environ(pid: int) -> bytes | None:
     """The environment that a process was started with; None when it may not be read."""
     try:

@@ -113,7 +113,33 @@ def find(search: Search) -> list[tuple[int, Stat]]:
         undecided = _look(search, undecided, found, root_held=root_held)
         if not undecided:
             break
+    if found:
+        _find_children(search, found)
     return found
+
+
+def _find_children(search: Search, found: list[tuple[int, Stat]]) -> None:
+    """What is below a member is a member, even without any mark of its own."""
+    known = {stat.pid for _, stat in found}
+    new = True
+    while new:
+        new = False
+        for pid in all_pids():
+            stat = None if pid in known else proof.read_stat(pid)
+            if stat is None or stat.dead or stat.ppid not in known or pid == os.getpid():
+                continue
+            parent = next(fd for fd, member in found if member.pid == stat.ppid)
+            pidfd = proof.open_pidfd(pid)
+            if pidfd is None:
+                continue
+            again = proof.read_stat(pid)
+            # The parent's number is its own while its pidfd says that it was not reaped.
+            if again is not None and again.ppid == stat.ppid and proof.holds_number(parent):
+                found.append((pidfd, again))
+                known.add(pid)
+                new = True
+            else:
+                os.close(pidfd)
 
 
 def _look(
@@ -143,17 +169,23 @@ def _look(
     return undecided
 
 
-def sweep(search: Search) -> tuple[Member, ...]:
-    """SIGKILL to every member until a search finds none; returns what is left after 5 s."""
+def sweep(search: Search) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
+    """SIGKILL to every member until a search finds none. Returns what was ended, and what is still
+    there after 5 s."""
     deadline = time.monotonic() + SWEEP_SECONDS
     errors: dict[int, int] = {}
+    ended: dict[tuple[int, int], Member] = {}
     while True:
         found = find(search)
         try:
             if not found or time.monotonic() >= deadline:
-                return tuple(_survivor(stat, errors.get(stat.pid, 0)) for _, stat in found)
+                left = [to_member(stat, errors.get(stat.pid, 0)) for _, stat in found]
+                for member in left:
+                    ended.pop((member.pid, member.start_time), None)
+                return tuple(ended.values()), tuple(left)
             for pidfd, stat in found:
                 _kill(pidfd, stat, errors)
+                ended[stat.pid, stat.start_time] = to_member(stat, 0)
             _wait_any(found, min(1.0, max(deadline - time.monotonic(), 0.0)))
         finally:
             for pidfd, _ in found:
@@ -184,5 +216,7 @@ def _wait_any(found: list[tuple[int, Stat]], seconds: float) -> None:
             waiting.discard(pidfd)
 
 
-def _survivor(stat: Stat, error: int) -> Member:
-    return Member(stat.pid, stat.ppid, stat.start_time, stat.state, stat.name, error)
+def to_member(stat: Stat, error: int) -> Member:
+    """`error`: errno when it could not be signalled, else 0."""
+    tracer = proof.read_tracer(stat.pid) if stat.state in "tZX" else 0
+    return Member(stat.pid, stat.ppid, stat.start_time, stat.state, stat.name, error, tracer)

@@ -1,0 +1,91 @@
+"""The warden, and the tree in a cgroup of its own: the kernel ends it in one step, whatever it
+forks meanwhile, whoever its processes have become.
+
+The leaf is made by the warden, so that it is there only while somebody is who removes it, and lies
+below our own cgroup, so that the limits we live under hold for the tree as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from proctree.command import Command
+from proctree.containment.base import WANT_NOTHING, Wanted
+from proctree.containment.warden import WardenContained
+from proctree.errors import ContainmentUnavailable
+from proctree.process import cgroups
+from proctree.process.cgroups import Home
+
+END_SECONDS = 5.0
+
+_homes: dict[int, Home] = {}
+"""Our own cgroup, looked up once, and anew after a fork."""
+
+
+def _home() -> Home:
+    home = _homes.get(os.getpid())
+    if home is None:
+        home = cgroups.find_home()
+        reason = cgroups.trouble(home)
+        if reason is not None:
+            raise ContainmentUnavailable(reason)
+        _homes.clear()
+        _homes[os.getpid()] = home
+    return home
+
+
+def _controllers(wanted: Wanted) -> set[str]:
+    files = {} if wanted.limits is None else wanted.limits.files()
+    return {cgroups.CONTROLLERS[name] for name in files}
+
+
+class CgroupContained(WardenContained):
+    name = "cgroup"
+
+    def __init__(self, tree_id: str, wanted: Wanted = WANT_NOTHING) -> None:
+        super().__init__(tree_id, wanted)
+        needed = _controllers(wanted)
+        above = cgroups.home_for(_home(), needed) if needed else _home().path
+        self._leaf = f"{above.rstrip('/')}/{cgroups.LEAF_PREFIX}{tree_id}"
+        self.cgroup = self._leaf
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        reason = super().unavailable()
+        if reason is None:
+            try:
+                _home()
+            except ContainmentUnavailable as error:
+                reason = str(error)
+        return reason
+
+    @classmethod
+    def unfit(cls, wanted: Wanted) -> str | None:
+        return None
+
+    @classmethod
+    def unasked(cls) -> str | None:
+        home = _home()
+        if cgroups.delegated(home):
+            return None
+        return f"{home.path} is not delegated to us by the manager of this machine"
+
+    def _arguments(self, command: Command, control: int) -> list[bytes]:
+        arguments = super()._arguments(command, control)
+        arguments.append(b"cgroup=" + os.fsencode(self._leaf))
+        if self.wanted.limits is not None:
+            for file, value in self.wanted.limits.files().items():
+                arguments.append(f"limit={file},{value}".encode())
+        return arguments
+
+    def _prepare_callable(self) -> None:
+        os.mkdir(self._leaf)
+
+    def _abandon_callable(self) -> None:
+        with contextlib.suppress(OSError):
+            os.rmdir(self._leaf)
+
+    def _end_at_once(self) -> None:
+        """Exactly what was in the tree, whatever marks it has lost."""
+        cgroups.end(self._leaf, END_SECONDS)

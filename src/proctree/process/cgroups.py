@@ -1,0 +1,295 @@
+"""Our own cgroup in the cgroup2 hierarchy, and what may be made below it.
+
+cgroups(7) and Documentation/admin-guide/cgroup-v2.rst of the kernel say what the files mean;
+systemd's "Control Group APIs and Delegation" says whose they are: a cgroup that a manager owns has
+one writer, the manager, unless it has delegated it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from proctree.errors import ContainmentUnavailable, errno_name
+
+LEAF_PREFIX = "proctree-"
+
+CONTROLLERS = {"memory.max": "memory", "pids.max": "pids", "cpu.max": "cpu"}
+"""Which controller a limit's file belongs to."""
+
+_UNITS = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
+_MARKS = ("user.delegate", "trusted.delegate")
+_SYSTEMD = "/run/systemd/system"
+"""sd_booted(3): this directory is there when systemd is the manager of the machine."""
+
+
+class Mount(NamedTuple):
+    """A mounted cgroup2 hierarchy: the cgroup that is its root, and where it is mounted."""
+
+    root: str
+    point: str
+
+
+def _unescape(field: str) -> str:
+    """mountinfo writes blank, tab, newline and backslash in octal: proc_pid_mountinfo(5)."""
+    return field.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+def parse_mounts(mountinfo: str) -> list[Mount]:
+    """The cgroup2 mounts in the text of /proc/self/mountinfo, in their order."""
+    mounts = []
+    for line in mountinfo.splitlines():
+        before, separator, after = line.partition(" - ")
+        fields = before.split(" ")
+        if separator and len(fields) >= 6 and after.split(" ")[0] == "cgroup2":
+            mounts.append(Mount(_unescape(fields[3]), _unescape(fields[4])))
+    return mounts
+
+
+def parse_own(text: str) -> str | None:
+    """Our path in the cgroup2 hierarchy, from the text of /proc/self/cgroup; None without one."""
+    for line in text.splitlines():
+        if line.startswith("0::"):
+            return line[3:]
+    return None
+
+
+def parse_v1_controllers(text: str) -> set[str]:
+    """The controllers that the hierarchies of cgroup v1 hold, from /proc/self/cgroup."""
+    held: set[str] = set()
+    for line in text.splitlines():
+        number, _, rest = line.partition(":")
+        if number != "0":
+            held.update(rest.partition(":")[0].split(","))
+    return held
+
+
+def resolve(mounts: list[Mount], own: str) -> tuple[str, str] | None:
+    """Where our own cgroup is in the file system, and the mount point above it. A cgroup namespace
+    shows what is outside of it as /.., and that cannot be reached."""
+    for root, point in mounts:
+        prefix = root.rstrip("/")
+        if "/.." not in own and (own == prefix or own.startswith(prefix + "/")):
+            return (point.rstrip("/") + own[len(prefix) :]).rstrip("/") or "/", point
+    return None
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+class Home(NamedTuple):
+    """Our own cgroup: its directory, and the mount point that it is under."""
+
+    path: str
+    mount: str
+
+
+def find_home() -> Home:
+    """Our own cgroup.
+
+    Raises:
+        ContainmentUnavailable: there is none that can be reached; says why.
+    """
+    try:
+        own = parse_own(_read("/proc/self/cgroup"))
+        mounts = parse_mounts(_read("/proc/self/mountinfo"))
+    except OSError as error:
+        text = f"{error.filename} is not readable ({errno_name(error.errno or 0)})"
+        raise ContainmentUnavailable(text) from None
+    if own is None or not mounts:
+        raise ContainmentUnavailable("no cgroup2 hierarchy is mounted")
+    found = resolve(mounts, own)
+    if found is None:
+        raise ContainmentUnavailable(f"our own cgroup {own} is outside of what is mounted here")
+    return Home(*found)
+
+
+def trouble(home: Home) -> str | None:
+    """Why no tree can be held below `home`, or None."""
+    kind = "domain"
+    with contextlib.suppress(OSError):  # the root has no such file, and is a domain
+        kind = _read(f"{home.path}/cgroup.type").strip()
+    if kind != "domain":
+        return f"the cgroup {home.path} is of the type '{kind}', which holds no processes below it"
+    for path in (home.path, f"{home.path}/cgroup.procs"):
+        # For processes to move below it, the common ancestor must be writable too: cgroup-v2.rst,
+        # "Delegation Containment".
+        if not os.access(path, os.W_OK):
+            return f"{path} is not writable for us"
+    return None
+
+
+def _marked(path: str) -> bool:
+    for name in _MARKS:
+        with contextlib.suppress(OSError):
+            if os.getxattr(path, name) == b"1":
+                return True
+    return False
+
+
+def delegated(home: Home, *, managed: bool | None = None) -> bool:
+    """Whether the manager of this machine leaves our own cgroup to us: it bears the mark, or is
+    below one that does with no unit of systemd in between; or nobody manages anything here.
+
+    Args:
+        managed: whether systemd is in charge; default: look.
+    """
+    if managed is None:
+        managed = os.path.isdir(_SYSTEMD)
+    path = home.path
+    while not _marked(path):
+        if path == home.mount:
+            return not managed
+        if path.endswith(_UNITS):
+            return False
+        path = os.path.dirname(path)
+    return True
+
+
+# -- limits
+
+
+def _words(path: str) -> set[str]:
+    try:
+        return set(_read(path).split())
+    except OSError:
+        return set()
+
+
+def _missing(home: str, controller: str) -> str:
+    if controller in parse_v1_controllers(_read("/proc/self/cgroup")):
+        return (
+            f"the controller {controller!r} is held by a cgroup v1 hierarchy: boot with "
+            f"cgroup_no_v1={controller}, or with cgroup v2 alone"
+        )
+    return (
+        f"the controller {controller!r} is not delegated to {home}: put Delegate=yes into the "
+        f"unit, or write +{controller} into the cgroup.subtree_control of the cgroups above it"
+    )
+
+
+def _enable(path: str, wanted: set[str]) -> None:
+    missing = wanted - _words(f"{path}/cgroup.subtree_control")
+    if missing:
+        _write(f"{path}/cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(missing)))
+
+
+def home_for(home: Home, wanted: set[str]) -> str:
+    """The cgroup below which a leaf with these controllers can be made: our own, or the one above
+    it when that is delegated to us too, since a cgroup with processes of its own cannot give
+    controllers to those below it (cgroup-v2.rst, "No Internal Process Constraint").
+
+    Raises:
+        ContainmentUnavailable: names the controller, and says how to delegate it.
+    """
+    for controller in sorted(wanted):
+        if controller not in _words(f"{home.path}/cgroup.controllers"):
+            raise ContainmentUnavailable(f"limits: {_missing(home.path, controller)}")
+    candidates = [home.path]
+    above = os.path.dirname(home.path)
+    if home.path != home.mount and delegated(Home(above, home.mount)):
+        candidates.append(above)
+    busy = ""
+    for path in candidates:
+        try:
+            _enable(path, wanted)
+        except OSError as error:
+            busy = f"{path}/cgroup.subtree_control: {errno_name(error.errno or 0)}"
+        else:
+            return path
+    raise ContainmentUnavailable(
+        f"limits: the controllers {', '.join(sorted(wanted))} cannot be enabled ({busy}): "
+        f"{home.path} has processes of its own, this one among them. Start the supervisor in a "
+        "cgroup below the delegated one (systemd: DelegateSubgroup=supervisor)"
+    )
+
+
+# -- what is left of a tree when nothing else holds it
+
+
+def _populated(events_fd: int) -> bool:
+    return b"populated 1" in os.pread(events_fd, 256, 0)
+
+
+def _members(path: str) -> Iterator[int]:
+    for folder, _folders, _files in os.walk(path):
+        for word in _words(f"{folder}/cgroup.procs"):
+            yield int(word)
+
+
+def _kill_members(path: str) -> None:
+    """For kernels without cgroup.kill (before 5.14): by pidfd, and only who is in there still."""
+    for pid in _members(path):
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                if pid in _members(path):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+
+
+def _wait_unpopulated(events_fd: int, seconds: float) -> bool:
+    """cgroup.events reports a change by POLLPRI to those who have read it."""
+    end = time.monotonic() + seconds
+    poller = select.poll()
+    poller.register(events_fd, select.POLLPRI)
+    while _populated(events_fd):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        poller.poll(left * 1000)
+    return True
+
+
+def pids_in(path: str) -> list[int]:
+    """The processes in a cgroup and below it; none when it is gone."""
+    return list(_members(path))
+
+
+def end(path: str, seconds: float) -> bool:
+    """SIGKILL to all that is in the cgroup `path` and below it, and its removal. Returns whether it
+    is gone; after `seconds` it is given up."""
+    try:
+        events_fd = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return not os.path.isdir(path)
+    limit = time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                _write(f"{path}/cgroup.kill", "1")
+            except OSError:
+                _kill_members(path)
+            if _wait_unpopulated(events_fd, min(0.2, seconds)):
+                break
+            if time.monotonic() >= limit:
+                return False
+    except OSError:  # removed meanwhile: ENODEV
+        return True
+    finally:
+        os.close(events_fd)
+    return remove(path)
+
+
+def remove(path: str) -> bool:
+    """Removes an empty cgroup and those below it."""
+    for folder, _folders, _files in os.walk(path, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+    return not os.path.isdir(path)

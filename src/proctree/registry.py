@@ -1,0 +1,399 @@
+"""The registry of running trees, and the ending of what a crash left behind.
+
+Every tree has an entry: a file in a directory that is ours alone, locked (flock(2)) for as long as
+what holds the tree lives. The warden holds the lock, and for the group backend the supervisor does.
+The kernel drops a lock when its holder ends, however it ends: so an entry that can be locked is one
+of a dead holder, and nothing has to be guessed from times or numbers.
+
+A tree is identified by the machine's boot, the PID namespace, the number and start time of its main
+process, its id in the environment of its members, and its cgroup where it has one. `sweep` ends
+what bears these marks and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from proctree import events
+from proctree.errors import ProctreeError, errno_name
+from proctree.process import cgroups, fds, proof
+from proctree.process import sweep as _sweep
+from proctree.process.sweep import Search
+from proctree.records import Member
+
+VERSION = 1
+CGROUP_SECONDS = 5.0
+STALE_SECONDS = 3600.0
+"""After which the beginnings of an entry, which name no tree, are cleared away."""
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+class RegistryUnusable(ProctreeError):
+    """The registry's directory is not ours alone, or cannot be made; the message says why."""
+
+
+class Entry(NamedTuple):
+    """What an entry says of its tree.
+
+    Attributes:
+        boot: the boot of the machine (/proc/sys/kernel/random/boot_id).
+        pid_namespace: the inode of the PID namespace in which the numbers are meant.
+        tree_id, name, containment: as on the handle.
+        holder: (pid, start time in clock ticks) of the process that holds the lock.
+        main: the same of the main process; None as long as it had not started.
+        cgroup: the directory of its cgroup, or None.
+    """
+
+    boot: str
+    pid_namespace: int
+    tree_id: str
+    name: str
+    containment: str
+    holder: tuple[int, int] | None
+    main: tuple[int, int] | None
+    cgroup: str | None
+
+
+class Swept(NamedTuple):
+    """One tree that a crash had left behind.
+
+    Attributes:
+        tree_id, name: which one it was.
+        ended: the processes that were ended.
+        survivors: those that could not be.
+    """
+
+    tree_id: str
+    name: str
+    ended: tuple[Member, ...]
+    survivors: tuple[Member, ...]
+
+
+# -- where
+
+
+def default_directory() -> str:
+    """`$XDG_RUNTIME_DIR/proctree`, else `/run/proctree` for root, else a directory of our own in
+    the one for temporary files."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
+        return os.path.join(runtime, "proctree")
+    if os.geteuid() == 0 and os.path.isdir("/run"):
+        return "/run/proctree"
+    import tempfile  # slow, and rarely needed
+
+    return os.path.join(tempfile.gettempdir(), f"proctree-{os.geteuid()}")
+
+
+def _check(path: str) -> None:
+    """In /tmp somebody else may have been there first."""
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode):
+        raise RegistryUnusable(f"{path} is not a directory: remove it")
+    if info.st_uid != os.geteuid():
+        raise RegistryUnusable(f"{path} belongs to uid {info.st_uid} and not to us: remove it")
+    if info.st_mode & 0o077:
+        raise RegistryUnusable(f"{path} is open to others (it must have mode 0700): chmod it")
+
+
+def make_directory(path: str) -> str:
+    """Makes it if need be, and checks that it is ours alone.
+
+    Raises:
+        RegistryUnusable: it is not, or cannot be made.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        _check(path)
+    except OSError as error:
+        raise RegistryUnusable(f"{path}: {errno_name(error.errno or 0)}") from None
+    return path
+
+
+_known: dict[tuple[int, str], str | None] = {}
+"""(our uid, wanted directory) -> the directory, or None when it cannot be used."""
+
+
+def directory() -> str | None:
+    """The directory for new entries, or None when there cannot be one: said once in the log, since
+    a tree can do without."""
+    wanted = default_directory()
+    key = (os.geteuid(), wanted)
+    if key not in _known or not os.path.isdir(wanted):
+        try:
+            _known[key] = make_directory(wanted)
+        except RegistryUnusable as error:
+            if key not in _known:
+                events.warning("registry.unusable", error=str(error))
+            _known[key] = None
+    return _known[key]
+
+
+# -- what an entry says
+
+
+def _escape(text: str) -> str:
+    return text.encode("unicode_escape").decode("ascii")
+
+
+def _unescape(text: str) -> str:
+    return text.encode("ascii").decode("unicode_escape")
+
+
+def boot_id() -> str:
+    with open(_BOOT_ID, encoding="ascii") as file:
+        return file.read().strip()
+
+
+def pid_namespace() -> int:
+    """Numbers mean something in their own PID namespace only (pid_namespaces(7))."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+_here: dict[int, tuple[str, int]] = {}
+
+
+def _this_machine() -> tuple[str, int]:
+    here = _here.get(os.getpid())
+    if here is None:
+        _here.clear()
+        here = _here[os.getpid()] = (boot_id(), pid_namespace())
+    return here
+
+
+def record(tree_id: str, name: str, containment: str, cgroup: str | None) -> str:
+    """The first lines of an entry: what is known before there is a process."""
+    boot, namespace = _this_machine()
+    lines = [
+        f"proctree {VERSION}",
+        f"boot {boot}",
+        f"pidns {namespace}",
+        f"tree {tree_id}",
+        f"containment {containment}",
+        f"name {_escape(name)}",
+    ]
+    if cgroup is not None:
+        lines.append(f"cgroup {_escape(cgroup)}")
+    return "\n".join(lines) + "\n"
+
+
+def _process(value: str) -> tuple[int, int]:
+    pid, start_time = value.split(" ")
+    return int(pid), int(start_time)
+
+
+def parse(text: str) -> Entry:
+    """Reads an entry.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if not text.endswith("\n"):
+        raise ValueError("the last line is cut off")
+    fields = dict(line.split(" ", 1) for line in text.splitlines())
+    try:
+        if int(fields["proctree"]) != VERSION:
+            raise ValueError(f"version {fields['proctree']}")
+        return Entry(
+            boot=fields["boot"],
+            pid_namespace=int(fields["pidns"]),
+            tree_id=fields["tree"],
+            name=_unescape(fields["name"]),
+            containment=fields["containment"],
+            holder=_process(fields["warden"]) if "warden" in fields else None,
+            main=_process(fields["main"]) if "main" in fields else None,
+            cgroup=_unescape(fields["cgroup"]) if "cgroup" in fields else None,
+        )
+    except KeyError as error:
+        raise ValueError(f"no line {error}") from None
+
+
+class Held:
+    """An entry that this process holds itself, as the group backend does."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+
+    @classmethod
+    def enter(cls, path: str, text: str, main: tuple[int, int]) -> Held | None:
+        """None when it cannot be made, which is said in the log."""
+        temporary = path + "~"
+        me = proof.read_stat(os.getpid())
+        holder = f"warden {os.getpid()} {me.start_time if me else 0}\nmain {main[0]} {main[1]}\n"
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fds.own(fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.write(fd, (text + holder).encode())
+                os.rename(temporary, path)
+            except OSError:
+                fds.close(fd)
+                os.unlink(temporary)
+                raise
+        except OSError as error:
+            events.warning("registry.failed", file=path, errno=errno_name(error.errno or 0))
+            return None
+        return cls(path, fd)
+
+    def leave(self) -> None:
+        forget(self._path)
+        fds.close(self._fd)
+
+
+def path_of(folder: str, tree_id: str) -> str:
+    return os.path.join(folder, tree_id)
+
+
+def forget(path: str) -> None:
+    """Removes the entry of a tree that is known to have ended."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+# -- sweeping
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[str | None]:
+    """The text of an entry whose holder is dead, under its lock; None for one whose holder lives,
+    or that is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another sweep may have finished with it between our open and our lock.
+            there = os.stat(path, follow_symlinks=False).st_ino == os.fstat(fd).st_ino
+        except OSError:
+            there = False
+        yield os.read(fd, 65536).decode("ascii", "replace") if there else None
+    finally:
+        os.close(fd)
+
+
+def _same_process(process: tuple[int, int] | None) -> bool:
+    if process is None:
+        return False
+    now = proof.read_stat(process[0])
+    return now is not None and now.start_time == process[1]
+
+
+def _search(entry: Entry) -> Search:
+    """The main process is dead, as a rule, and its number may be somebody else's by now: it names a
+    session only while it is the same process. Nothing of the tree is older than its holder."""
+    oldest = min((p[1] for p in (entry.main, entry.holder) if p is not None), default=0)
+    alive = _same_process(entry.main)
+    return Search(
+        root=None,
+        root_pidfd=-1,
+        main=entry.main[0] if entry.main is not None and alive else None,
+        main_start=entry.main[1] if entry.main is not None and alive else oldest,
+        tree_id=entry.tree_id,
+    )
+
+
+def _stats(pids: list[int]) -> list[Member]:
+    stats = [proof.read_stat(pid) for pid in pids]
+    return [_sweep.to_member(stat, 0) for stat in stats if stat is not None and not stat.dead]
+
+
+def _end(entry: Entry) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
+    """What was ended, and what survived."""
+    ended: dict[tuple[int, int], Member] = {}
+    survivors: list[Member] = []
+    if entry.cgroup is not None and os.path.basename(entry.cgroup).endswith(entry.tree_id):
+        inside = _stats(cgroups.pids_in(entry.cgroup))
+        if not cgroups.end(entry.cgroup, CGROUP_SECONDS):
+            survivors = _stats(cgroups.pids_in(entry.cgroup))
+        ended = {(m.pid, m.start_time): m for m in inside}
+    killed, left = _sweep.sweep(_search(entry))
+    ended.update(((m.pid, m.start_time), m) for m in killed)
+    survivors += [m for m in left if all(m.pid != other.pid for other in survivors)]
+    for member in survivors:
+        ended.pop((member.pid, member.start_time), None)
+    return tuple(ended.values()), tuple(survivors)
+
+
+def _sweep_entry(path: str) -> Swept | None:
+    with _locked(path) as text:
+        if text is None:
+            return None
+        try:
+            entry = parse(text)
+        except ValueError as error:
+            events.warning("registry.unreadable", file=path, error=str(error))
+            return None
+        boot, namespace = _this_machine()
+        if entry.boot == boot and entry.pid_namespace != namespace:
+            return None  # its numbers mean nothing here: it is swept by who lives where it did
+        if entry.boot != boot:
+            forget(path)  # nothing outlives a boot
+            return None
+        ended, survivors = _end(entry)
+        if not survivors:
+            forget(path)
+    if not ended and not survivors:
+        return None
+    events.warning(
+        "registry.swept",
+        tree_id=entry.tree_id,
+        name=entry.name,
+        ended=len(ended),
+        survivors=len(survivors),
+    )
+    return Swept(entry.tree_id, entry.name, ended, survivors)
+
+
+def _clear_beginning(path: str) -> None:
+    """An entry gets its name when it is locked and complete: its holder died before that, and so
+    before it started anything."""
+    with contextlib.suppress(OSError):
+        if time.time() - os.lstat(path).st_mtime > STALE_SECONDS:
+            os.unlink(path)
+
+
+def sweep(directory: str | os.PathLike[str] | None = None) -> list[Swept]:
+    """Ends the trees that lost their supervisor and their warden at once, and only those: a tree
+    whose warden lives is ended by its warden.
+
+    Args:
+        directory: the registry; default is that of this user: `$XDG_RUNTIME_DIR/proctree`, else
+            `/run/proctree` for root, else `proctree-UID` in the directory for temporary files.
+
+    Returns:
+        The trees of which something was left, with what was ended (SIGKILL) and what could not be.
+
+    Raises:
+        RegistryUnusable: the directory is not ours alone.
+    """
+    path = os.fspath(directory) if directory is not None else default_directory()
+    try:
+        _check(path)
+        names = sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RegistryUnusable(f"{path}: {errno_name(error.errno or 0)}") from None
+    swept = []
+    for name in names:
+        file = os.path.join(path, name)
+        if name.endswith("~"):
+            _clear_beginning(file)
+            continue
+        result = _sweep_entry(file)
+        if result is not None:
+            swept.append(result)
+    return swept
