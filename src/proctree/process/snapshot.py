@@ -53,6 +53,10 @@ def _info(process: psutil.Process) -> ProcessInfo | None:
         return None
 
 
+INIT = "proctree-init"
+"""The init of a tree's PID namespace: below the warden, and no member."""
+
+
 def snapshot(root: int, main: int | None, tree_id: str) -> list[ProcessInfo]:
     """The living members below `root` (`root` itself only if it is the main process)."""
     try:
@@ -62,4 +66,5 @@ def snapshot(root: int, main: int | None, tree_id: str) -> list[ProcessInfo]:
     if root == main:
         processes = [psutil.Process(root), *processes]
     infos = [info for info in map(_info, processes) if info is not None]
+    infos = [info for info in infos if info.name != INIT or info.ppid != root]
     return sorted(infos, key=lambda info: (info.pid != main, info.pid))
