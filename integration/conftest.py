@@ -92,6 +92,17 @@ def living() -> list[str]:
     return found
 
 
+def outer_pid(handle: proctree.WatchedSubprocess, inner: int) -> int:
+    """Our number for a member that tells us its own: NSpid, proc_pid_status(5)."""
+    if handle.containment != "pidns":
+        return inner
+    for info in handle.processes():
+        for line in Path(f"/proc/{info.pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:") and int(line.split()[-1]) == inner:
+                return info.pid
+    raise AssertionError(f"no member calls itself {inner}")
+
+
 def is_alive(pid: int) -> bool:
     stat = proof.read_stat(pid)
     return stat is not None and not stat.dead

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import proctree
-from integration.conftest import Lines, is_alive, living
+from integration.conftest import Lines, is_alive, living, outer_pid
 from proctree import KillPolicy, Reason, Stage, WatchedSubprocess
 
 GRANDCHILD = """
@@ -98,7 +98,8 @@ def test_heartbeat_409(api: str, tmp_path: Path, containment: str, grace: float)
     # A process outside the tree holds the stream open, so that its end never comes by itself.
     stolen = os.open(f"/proc/{handle.pid}/fd/1", os.O_WRONLY)
     try:
-        grandchild = next(int(line.split()[1]) for line in lines.lines if "grandchild" in line)
+        inner = next(int(line.split()[1]) for line in lines.lines if "grandchild" in line)
+        grandchild = outer_pid(handle, inner)
         assert is_alive(grandchild)
         pids = {info.pid for info in handle.processes()}
         assert handle.pid in pids

@@ -14,7 +14,7 @@ import pytest
 import proctree
 from integration.conftest import QUICK, Lines, eventually, is_alive, living
 from integration.test_endings import end, start
-from proctree import KillPolicy, Reason, Stage, protocol
+from proctree import KillPolicy, Reason, Stage, protocol, registry
 from proctree.containment import warden as warden_module
 from proctree.process import proof
 from proctree.protocol import Type
@@ -45,7 +45,9 @@ def test_the_warden_keeps_nothing_of_the_trees(actors: str) -> None:
     lines.wait_for()
     pid = warden_of(handle)
     names = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-    assert all(name.startswith(("/dev/null", "socket:", "anon_inode:", "/proc")) for name in names)
+    entry = registry.path_of(registry.directory() or "", handle.tree_id)
+    known = ("/dev/null", "socket:", "anon_inode:", "/proc", entry)
+    assert all(name.startswith(known) for name in names), names
     main = {int(fd) for fd in os.listdir(f"/proc/{handle.pid}/fd")}
     assert main == {0, 1, 2, writer}
     end(handle)

@@ -42,12 +42,36 @@ def errno_name(number: int) -> str:
     return errno.errorcode.get(number, f"errno {number}")
 
 
-def start_error(number: int, step: str, argv0: str, cwd: str | None) -> OSError:
+_CONTAINMENT_STEPS = {
+    "cgroup": "the tree's cgroup cannot be made or entered",
+    "limits": "a limit cannot be written into the tree's cgroup",
+    "namespace": "the PID namespace cannot be made (it takes CAP_SYS_ADMIN or user namespaces)",
+    "mount": "the namespace cannot get a /proc of its own (containers that hide parts of /proc "
+    "forbid it)",
+    "init": "the init of the PID namespace did not start",
+}
+
+_ATTRIBUTE_STEPS = (
+    *("oom_score_adj", "nice", "ionice", "affinity", "rlimits"),
+    *("groups", "gid", "uid", "no_new_privs"),
+)
+
+
+def start_error(number: int, step: str, argv0: str, cwd: str | None) -> Exception:
     """The exception for a command that could not be started, as `subprocess` would raise it.
 
     The file that it names is the working directory when that was the trouble, else the program;
-    a note says at which step, so that `EACCES` from `chdir` is not taken for one from `exec`.
+    a note says at which step, so that `EACCES` from `chdir` is not taken for one from `exec`. A
+    spawn attribute that the kernel refused is named, and containment is `ContainmentUnavailable`.
     """
+    if step in _CONTAINMENT_STEPS:
+        return ContainmentUnavailable(
+            f"{_CONTAINMENT_STEPS[step]}: {errno_name(number)} at step {step!r}"
+        )
+    if step in _ATTRIBUTE_STEPS:
+        refused = OSError(number, f"{os.strerror(number)} (attributes: {step})")
+        refused.add_note(f"proctree: attributes.{step}: {errno_name(number)} at step {step!r}")
+        return refused
     culprit = cwd if step == "chdir" and cwd is not None else argv0
     exception = OSError(number, os.strerror(number), culprit)
     argument = "cwd" if step == "chdir" else "argv[0]"

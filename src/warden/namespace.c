@@ -142,7 +142,8 @@ static struct failure become_init(const struct warden *w)
     if (prctl(PR_SET_NAME, "proctree-init") < 0)
         return failed(STEP_INIT);
     const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
-    if (syscall(SYS_mount, "proc", "/proc", "proc", flags, NULL) < 0)
+    /* For a callable it is mounted already: exec has taken from us what that takes. */
+    if (!w->options.be_init && syscall(SYS_mount, "proc", "/proc", "proc", flags, NULL) < 0)
         return failed(STEP_MOUNT);
     return none;
 }

@@ -15,7 +15,7 @@ from proctree.command import Command
 from proctree.containment.base import Wanted
 from proctree.containment.warden import WardenContained, warden_path
 from proctree.process import namespaces
-from proctree.process.child import StepFailed
+from proctree.process.child import StepFailed, step_number
 from proctree.protocol import STEPS
 
 _READY = struct.Struct("=ii")
@@ -56,6 +56,9 @@ class PidnsContained(WardenContained):
         pid = os.fork()
         if pid == 0:
             try:
+                # Here and not by the program: exec takes the privileges in our user namespace away
+                # from everybody but its root (user_namespaces(7), "Effect on capabilities").
+                self._mount_proc(theirs)
                 theirs.set_inheritable(True)
                 arguments = [b"proctree-init", b"control=%d" % theirs.fileno(), b"beinit=1"]
                 os.execv(warden_path(), arguments)
@@ -69,6 +72,13 @@ class PidnsContained(WardenContained):
             raise StepFailed(STEPS.get(step, "init"), error)
         self._link = ours.detach()
         self._init = pid
+
+    def _mount_proc(self, link: socket.socket) -> None:
+        try:
+            self._namespaces.mount_proc()
+        except StepFailed as failed:
+            link.send(_READY.pack(failed.error, step_number(failed.step)))
+            os._exit(127)
 
     def _callable_arguments(self) -> list[bytes]:
         for fd in (self._link, self._proc):

@@ -12,6 +12,7 @@ from proctree.process.child import StepFailed
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MS_REC = 16384
 _MS_SLAVE = 1 << 19
 _EPERM = 1
@@ -81,4 +82,14 @@ class Namespaces:
                 raise StepFailed("namespace", number)
             self._as_user()
         if self._mount(None, b"/", None, _MS_REC | _MS_SLAVE, None) < 0:
+            raise StepFailed("mount", ctypes.get_errno())
+
+    def mount_proc(self) -> None:
+        """In the first process of the namespace: a /proc that shows it.
+
+        Raises:
+            StepFailed: it cannot be mounted (where parts of /proc are hidden from us, as in many
+                containers, the kernel does not let a user namespace uncover them).
+        """
+        if self._mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None) < 0:
             raise StepFailed("mount", ctypes.get_errno())
