@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 USAGE = """\
 usage: proctree run [OPTIONS] -- COMMAND [ARGUMENT...]
+       proctree sweep
        proctree --version
 
-run   runs a command and ends its whole process tree with it; 'proctree run --help'
+run    runs a command and ends its whole process tree with it; 'proctree run --help'
+sweep  ends the trees that an earlier crash of supervisor and helper left behind
 """
 
 
@@ -23,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from proctree.cli import run
 
         return run.main(arguments[1:])
+    if arguments[:1] == ["sweep"]:
+        from proctree.cli import sweep
+
+        return sweep.main(arguments[1:])
     if arguments == ["--version"]:
         from proctree import __version__
 

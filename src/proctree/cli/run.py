@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-from argparse import REMAINDER, ArgumentParser, HelpFormatter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from argparse import REMAINDER, ArgumentParser, HelpFormatter, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from proctree.containment import NAMES
 from proctree.errors import ProctreeError
@@ -23,6 +24,14 @@ EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _bytes(text: str) -> int:
+    unit = _UNITS.get(text[-1:].upper(), 0)
+    return int(text[:-1]) * unit if unit else int(text)
 
 
 class _Parser(ArgumentParser):
@@ -60,6 +69,17 @@ def _parser() -> ArgumentParser:
         choices=[str(policy) for policy in Leftovers],
         help="what becomes of processes that the command leaves behind (default: kill)",
     )
+    parser.add_argument(
+        "--pty", action="store_true", help="give the command a terminal of its own, under ours"
+    )
+    parser.add_argument(
+        "--foreground",
+        action="store_true",
+        help="run it as a job of this shell's session, with this terminal",
+    )
+    parser.add_argument("--memory-max", type=_bytes, metavar="BYTES", help="limit, K, M, G allowed")
+    parser.add_argument("--pids-max", type=int, metavar="N", help="limit of processes and threads")
+    parser.add_argument("--cpu-max", type=float, metavar="CPUS", help="limit of CPU time, as 1.5")
     parser.add_argument("--name", help="for ps and logs (default: the command's name)")
     parser.add_argument("--json", metavar="FILE", help="write how it ended to FILE")
     # Everything from the command on is the command's, whatever it looks like.
@@ -90,7 +110,48 @@ def _complain(text: str) -> None:
     print(f"proctree run: {text}", file=sys.stderr)
 
 
-def _supervise(handle: WatchedSubprocess) -> Ending:
+def _options(options: Namespace) -> dict[str, Any]:
+    """What is imported only for those who ask for it."""
+    special: dict[str, Any] = {}
+    limits = {
+        name: value
+        for name in ("memory_max", "pids_max", "cpu_max")
+        if (value := getattr(options, name)) is not None
+    }
+    if limits:
+        from proctree.limits import Limits
+
+        special["limits"] = Limits(**limits)
+    if options.pty:
+        from proctree.cli.terminal import write_out
+        from proctree.sinks import Chunks
+
+        special |= {"pty": True, "stdout": Chunks(write_out)}
+    if options.foreground:
+        special["new_session"] = False
+    return special
+
+
+@contextlib.contextmanager
+def _terminal(handle: WatchedSubprocess, options: Namespace) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called when the command runs."""
+    if options.foreground:
+        from proctree.cli.terminal import Job
+
+        Job(handle)
+    if not options.pty:
+        yield lambda: None
+        return
+    from proctree.cli.terminal import Relay
+
+    relay = Relay()
+    try:
+        yield lambda: relay.begin(handle)
+    finally:
+        relay.end()
+
+
+def _supervise(handle: WatchedSubprocess, launched: Callable[[], None]) -> Ending:
     def end(signo: int, _frame: object) -> None:
         name = signal.Signals(signo).name
         handle.kill(reason=f"proctree got {name}")
@@ -100,6 +161,7 @@ def _supervise(handle: WatchedSubprocess) -> Ending:
         if signal.getsignal(signo) is not signal.SIG_IGN:
             signal.signal(signo, end)
     handle.launch()
+    launched()
     # Not `wait`: its Outcome is not needed unless somebody wants the JSON, and importing what it is
     # made of would take longer than everything else here.
     tree = handle._tree
@@ -123,13 +185,15 @@ def main(arguments: Sequence[str]) -> int:
             containment=options.containment,
             leftovers=options.leftovers,
             name=options.name,
+            **_options(options),
         )
     except (TypeError, ValueError, ProctreeError) as error:
         _complain(str(error))
         return EXIT_OURS
     status = EXIT_OURS
     try:
-        ending = _supervise(handle)
+        with _terminal(handle, options) as launched:
+            ending = _supervise(handle, launched)
         status = exit_status(ending)
         for member in ending.survivors:
             _complain(f"pid {member.pid} ({member.name}) {member.why}")

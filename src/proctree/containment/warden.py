@@ -434,9 +434,10 @@ class WardenContained(Contained):
             return
         try:
             self._control.send(data)
+        except BrokenPipeError:
+            pass  # it has just ended: what it said last, or its end of file, is on its way
         except OSError as error:
-            # Full for a warden that does not read, or closed by one that is gone: the timers of the
-            # lifecycle, or the end of file, take it from here.
+            # Full, for a warden that does not read: the timers of the lifecycle take it from here.
             events.warning(
                 "warden.unreachable", tree_id=self.tree_id, errno=errno_name(error.errno or 0)
             )

@@ -1,0 +1,94 @@
+"""`proctree run` between two terminals, or as a job of the shell that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import termios
+import threading
+import tty
+from typing import Any
+
+from proctree.terminal import END_OF_INPUT, to_window
+from proctree.watched import WatchedSubprocess
+
+_PIECE = 4096
+
+
+def write_out(data: bytes) -> None:
+    """What the tree's terminal shows, to our standard output, as it is."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view) :]
+
+
+class Relay:
+    """Connects our terminal with the tree's: keys in raw mode, so that Ctrl-C and Ctrl-Z are the
+    tree's; the size of the window; and our terminal as it was, at the end."""
+
+    def __init__(self) -> None:
+        self._saved: list[Any] | None = None
+        self._handle: WatchedSubprocess | None = None
+
+    def begin(self, handle: WatchedSubprocess) -> None:
+        """After the launch."""
+        self._handle = handle
+        if os.isatty(0):
+            self._saved = termios.tcgetattr(0)
+            tty.setraw(0)
+            signal.signal(signal.SIGWINCH, self._resized)
+            self._resized(signal.SIGWINCH, None)
+        threading.Thread(target=self._pump, daemon=True).start()
+
+    def _resized(self, _signo: int, _frame: object) -> None:
+        terminal = None if self._handle is None else self._handle.terminal
+        size = to_window(True)
+        if terminal is not None and size is not None:
+            terminal.resize(*size)
+
+    def _pump(self) -> None:
+        terminal = None if self._handle is None else self._handle.terminal
+        if terminal is None:
+            return
+        typed = b"\n"
+        try:
+            while data := os.read(0, _PIECE):
+                typed = data
+                if not terminal.write(data):
+                    return
+        except OSError:  # our terminal hung up
+            pass
+        terminal.write(END_OF_INPUT if typed.endswith(b"\n") else END_OF_INPUT * 2)
+
+    def end(self) -> None:
+        if self._saved is not None:
+            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
+            self._saved = None
+
+
+class Job:
+    """A foreground job: when the command is stopped, so are we, and when the shell lets us go on,
+    it does too, with the terminal if we are in the foreground."""
+
+    def __init__(self, handle: WatchedSubprocess) -> None:
+        self._tree = handle._tree
+        self._tree.when_stopped.append(self._stopped)
+        signal.signal(signal.SIGCONT, self._continued)
+
+    def _stopped(self, _signo: int) -> None:
+        if self._orphaned():
+            # Nobody is there who would let us go on: as the kernel does with such groups, the stop
+            # is ignored (setpgid(2), "orphaned process group").
+            self._tree.foreground()
+        else:
+            os.kill(0, signal.SIGSTOP)
+
+    def _orphaned(self) -> bool:
+        parent = os.getppid()
+        try:
+            return os.getsid(parent) != os.getsid(0) or os.getpgid(parent) == os.getpgrp()
+        except OSError:
+            return True
+
+    def _continued(self, _signo: int, _frame: object) -> None:
+        self._tree.foreground()
