@@ -13,6 +13,7 @@ from benchmarks.timing import Effort
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "start": start.measure,
     "start-2gb": start.measure_big,
+    "containments": start.measure_containments,
     "kill-1000": killing.measure,
     "capture": capture.measure,
     "lines": lines.measure,

@@ -3,7 +3,8 @@
 The tree is the same for all (programs/sessions.c), and so is the start of the clock: all of it is
 up and waiting, and the first call that ends it is about to be made. The clock stops
 
-  ours       when `wait` returns: all are killed, reaped, and proved to be gone;
+  ours       (in `warden` and in `cgroup` containment) when `wait` returns: all are killed, reaped,
+             and proved to be gone;
   cgroup     when the cgroup reports `populated 0` after a write to its cgroup.kill. Nothing is
              reaped by then, so this is less than the others do;
   psutil     when `wait_procs` returns after the idiom of its documentation: list the children
@@ -22,6 +23,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import psutil
 
@@ -34,6 +36,7 @@ from proctree.process import prctl
 
 COUNT = 1000
 OURS = "proctree"
+OURS_IN_CGROUP = "proctree, cgroup"
 CGROUP = "cgroup.kill"
 PSUTIL = "psutil in a subreaper"
 PSUTIL_PLAIN = "psutil"
@@ -61,10 +64,12 @@ def _lines() -> Iterator[tuple[int, int, Callable[[], None]]]:
         os.close(said)
 
 
-def ours() -> float:
+def ours(containment: str) -> float:
     argv = [program("sessions"), str(COUNT)]
     with _lines() as (stdin, stdout, ready):
-        with proctree.WatchedSubprocess.start(argv, stdin=stdin, stdout=stdout) as handle:
+        with proctree.WatchedSubprocess.start(
+            argv, stdin=stdin, stdout=stdout, containment=containment
+        ) as handle:
             ready()
             before = time.perf_counter()
             handle.kill(policy=proctree.KillPolicy.now())
@@ -129,17 +134,21 @@ def _subreaper() -> Iterator[None]:
 
 def measure(effort: Effort) -> Iterator[Row]:
     what = f"kill, reap, prove {COUNT} processes"
-    contenders: dict[str, Contender] = {OURS: ours, PSUTIL: by_psutil}
+    warden, in_cgroup = partial(ours, "warden"), partial(ours, "cgroup")
+    contenders: dict[str, Contender] = {OURS: warden, PSUTIL: by_psutil}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_subreaper())
         try:
             group = stack.enter_context(cgroup.leaf())
             contenders[CGROUP] = by_cgroup(group)
+            contenders[OURS_IN_CGROUP] = in_cgroup
         except cgroup.Unavailable as error:
             yield skipped(what, f"{CGROUP}: {error}")
         results = medians(contenders, effort.rounds(9))
     if CGROUP in results:
         yield times_as_long(what, results[OURS], CGROUP, results[CGROUP], 3)
+        in_one = results[OURS_IN_CGROUP]
+        yield times_as_long(f"{what}, in a cgroup", in_one, CGROUP, results[CGROUP], 1.3)
     yield times_as_long(what, results[OURS], PSUTIL, results[PSUTIL], None)
-    results = medians({OURS: ours, PSUTIL_PLAIN: by_psutil}, effort.rounds(3), warm_up=0)
+    results = medians({OURS: warden, PSUTIL_PLAIN: by_psutil}, effort.rounds(3), warm_up=0)
     yield times_faster(what, results[OURS], PSUTIL_PLAIN, results[PSUTIL_PLAIN], 10)

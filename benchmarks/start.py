@@ -1,6 +1,7 @@
 """start and start-2gb: from the call that starts /bin/true until it is known to have exited.
 
-The peers: `subprocess.Popen(...).wait()`, the same with a `preexec_fn` (which makes it fork, and
+Ours is the containment `warden`, and `containments` compares the stronger ones with it. The peers:
+`subprocess.Popen(...).wait()`, the same with a `preexec_fn` (which makes it fork, and
 was the way to get a session of one's own), and processkit. All inherit the standard streams.
 
 A fork copies the page tables of the supervisor, so for start-2gb this module runs as a program of
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import processkit
@@ -22,18 +24,21 @@ import processkit
 import proctree
 from benchmarks.table import Row, skipped, times_as_long, times_faster
 from benchmarks.timing import Contender, Effort, medians, timed
+from proctree.containment import choose
 
 TRUE = ["/bin/true"]
 BALLAST = 2 * 1024**3
 
 OURS = "proctree.run"
+WARDEN = "warden"
+STRONGER = ("cgroup", "pidns")
 POPEN = "Popen.wait"
 PREEXEC = "Popen(preexec_fn)"
 PROCESSKIT = "processkit"
 
 _processkit = processkit.Command(TRUE[0]).inherit_stdin().stdout("inherit").stderr("inherit")
 
-ours = timed(lambda: proctree.run(TRUE))
+ours = timed(lambda: proctree.run(TRUE, containment="warden"))
 popen = timed(lambda: subprocess.Popen(TRUE).wait())
 preexec = timed(lambda: subprocess.Popen(TRUE, preexec_fn=os.setsid).wait())
 kit = timed(lambda: _processkit.start().outcome())
@@ -45,6 +50,22 @@ def measure(effort: Effort) -> Iterator[Row]:
     for peer, contender, limit in ((POPEN, popen, 1.7), (PROCESSKIT, kit, None)):
         results = medians({OURS: ours, peer: contender}, effort.rounds(500), warm_up=5)
         yield times_as_long(what, results[OURS], peer, results[peer], limit)
+
+
+def measure_containments(effort: Effort) -> Iterator[Row]:
+    """What stronger containment costs at the start and at the end of a tree."""
+    what = "start to exit, in a {}"
+    contenders = {WARDEN: ours}
+    for name in STRONGER:
+        try:
+            choose(name)
+        except proctree.ContainmentUnavailable as error:
+            yield skipped(what.format(name), str(error))
+        else:
+            contenders[name] = timed(partial(proctree.run, TRUE, containment=name))
+    results = medians(contenders, effort.rounds(300), warm_up=5)
+    for name in contenders.keys() - {WARDEN}:
+        yield times_as_long(what.format(name), results[name], WARDEN, results[WARDEN], 1.5)
 
 
 def measure_big(effort: Effort) -> Iterator[Row]:

@@ -86,6 +86,7 @@ class WardenContained(Contained):
     def __init__(self, tree_id: str, wanted: Wanted = WANT_NOTHING) -> None:
         super().__init__(tree_id, wanted)
         self._entry: str | None = None
+        self._then: Callable[[], None] | None = None
         self._warden = -1
         self._pidfd = -1
         self._control: socket.socket | None = None
@@ -274,27 +275,47 @@ class WardenContained(Contained):
         self._owner = owner
         assert self._control is not None
         loop.register(self._control.fileno(), READ, self._readable)
+        # Its end of file alone is no proof: a copy of its end may live on in a process that was
+        # forked at the wrong moment by something other than this interpreter.
+        loop.register(self._pidfd, READ, self._warden_ended)
 
     def _readable(self, _mask: int) -> None:
         # Bounded, so that a warden that floods us does not keep the loop from other trees.
         for _ in range(64):
-            if self._control is None or self._lost or self._said_empty:
+            if not self._read_once():
                 return
-            try:
-                data = self._control.recv(protocol.MAX_MESSAGE)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._lose(f"the warden's socket failed ({errno_name(error.errno or 0)})")
-                return
-            if not data:
-                self._lose("the warden ended before its tree did")
-                return
-            try:
-                self._take(protocol.decode(data))
-            except ProtocolError as error:
-                self._lose(f"the warden sent garbage: {error}")
-                return
+
+    def _read_once(self) -> bool:
+        """False when there is nothing more to read now."""
+        if self._control is None or self._lost or self._said_empty:
+            return False
+        try:
+            data = self._control.recv(protocol.MAX_MESSAGE)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._lose(f"the warden's socket failed ({errno_name(error.errno or 0)})")
+            return False
+        if not data:
+            self._lose("the warden ended before its tree did")
+            return False
+        try:
+            self._take(protocol.decode(data))
+        except ProtocolError as error:
+            self._lose(f"the warden sent garbage: {error}")
+            return False
+        return True
+
+    def _warden_ended(self, _mask: int) -> None:
+        while self._read_once():
+            pass  # what it said last comes before its end, however much it is: it says no more
+        if not self._said_empty and not self._lost:
+            self._lose("the warden ended before its tree did")
+        if self._then is None:
+            self._loop.unregister(self._pidfd)
+        elif self._reap():
+            then, self._then = self._then, None
+            then()
 
     def _take(self, message: Message) -> None:
         self._TAKE[message.type](self, message)
@@ -400,12 +421,9 @@ class WardenContained(Contained):
         if self._reap():
             then()
             return
-
-        def ended(_mask: int) -> None:
-            if self._reap():
-                then()
-
-        self._loop.register(self._pidfd, READ, ended)
+        self._then = then
+        self._loop.unregister(self._pidfd)
+        self._loop.register(self._pidfd, READ, self._warden_ended)
 
     def _reap(self) -> bool:
         if not self._reaped:
