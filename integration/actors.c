@@ -55,10 +55,10 @@ static void daemonise(void)
         _exit(8);
     if (fork() == 0) {
         setsid();
+        signal(SIGTERM, SIG_IGN);
+        signal(SIGHUP, SIG_IGN);
         pid_t pid = fork();
         if (pid == 0) {
-            signal(SIGTERM, SIG_IGN);
-            signal(SIGHUP, SIG_IGN);
             close_all();
             for (;;)
                 pause();
