@@ -24,6 +24,14 @@ LEAVE_SECONDS = 10.0
 """How long something that is ending may take to be gone."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--warden",
+        choices=("installed", "sanitized", "valgrind"),
+        help="run every test in integration/ with this build of the warden, and with no other",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     prctl.LibcPrctl().set_child_subreaper(True)
     _note_own_wardens()

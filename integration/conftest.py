@@ -10,14 +10,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 import proctree
+from integration import wardens
 from proctree.containment import NAMES, choose
+from proctree.containment.warden import WARDEN_VARIABLE
 from proctree.process import proof
 
 HERE = Path(__file__).parent
@@ -26,6 +28,78 @@ DEADLINE = 30.0
 
 QUICK = proctree.KillPolicy(stages=(proctree.Stage(15, 0.3), proctree.Stage(9, 10.0)))
 """A short grace for what ignores SIGTERM, a long one behind SIGKILL."""
+
+
+# -- Which warden: the installed one, and for marked tests those that report their own errors too.
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "warden_build" not in metafunc.fixturenames:
+        return
+    only = metafunc.config.getoption("--warden")
+    if only is not None:
+        names = [only]
+    else:
+        more = {name for mark in metafunc.definition.iter_markers("wardens") for name in mark.args}
+        # Where these tests have been copied to without the sources, they are about something else.
+        possible = more if wardens.SOURCES.is_dir() else set()
+        names = [name for name in wardens.NAMES if name in possible or name == wardens.INSTALLED]
+    if names != [wardens.INSTALLED]:
+        metafunc.parametrize("warden_build", names, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The group backend has no warden: once is enough."""
+
+    def needless(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        params = callspec.params if callspec is not None else {}
+        watched = params.get("warden_build", wardens.INSTALLED) != wardens.INSTALLED
+        return watched and params.get("containment") == "group"
+
+    items[:] = [item for item in items if not needless(item)]
+
+
+BUILDS = pytest.StashKey[dict[str, wardens.Build]]()
+WATCHED = pytest.StashKey[wardens.Build]()
+
+
+def build_once(config: pytest.Config, name: str) -> wardens.Build:
+    builds = config.stash.setdefault(BUILDS, {})
+    if name not in builds:
+        builds[name] = wardens.build(name)
+        # Behind the last teardown, and so not by a fixture: that still looks for reports.
+        config.add_cleanup(builds[name].remove)
+    return builds[name]
+
+
+@pytest.fixture(autouse=True)
+def warden_build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the build that this test runs with."""
+    name = getattr(request, "param", wardens.INSTALLED)
+    if name == wardens.INSTALLED:
+        return wardens.INSTALLED
+    if reason := wardens.unavailable(name):
+        pytest.skip(reason)
+    for mark in request.node.iter_markers("not_with"):
+        if mark.args[0] == name:
+            pytest.skip(mark.args[1])
+    build = build_once(request.config, name)
+    request.node.stash[WATCHED] = build
+    monkeypatch.setenv(WARDEN_VARIABLE, build.path)
+    return str(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """A report fails the test that caused it, whatever else came of it. Looked for behind all
+    fixtures: one of them waits until every process that the test has started is gone."""
+    try:
+        return (yield)
+    finally:
+        build = item.stash.get(WATCHED, None)
+        if build is not None and (reports := build.take_reports()):
+            pytest.fail(f"the warden reported:\n{reports}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

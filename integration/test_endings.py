@@ -17,6 +17,8 @@ from proctree import KillPolicy, Reason, Stage, WatchedSubprocess
 from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.process import proof
 
+pytestmark = pytest.mark.wardens("sanitized")
+
 
 def start(argv: list[str], containment: str, **options: object) -> tuple[WatchedSubprocess, Lines]:
     lines = Lines()

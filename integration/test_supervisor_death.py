@@ -9,6 +9,8 @@ import pytest
 
 from integration.conftest import Lifeline, eventually, is_alive, living, start_supervisor
 
+pytestmark = pytest.mark.wardens("sanitized")
+
 # The tree holds the lifeline; what closed it or cleared its environment is caught by the suite's
 # own check, which is a subreaper above everything here.
 BODY = """

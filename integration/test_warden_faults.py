@@ -19,6 +19,8 @@ from proctree.containment import warden as warden_module
 from proctree.process import proof
 from proctree.protocol import Type
 
+pytestmark = pytest.mark.wardens("sanitized")
+
 
 def warden_of(handle: proctree.WatchedSubprocess) -> int:
     root = handle._tree.contained.root()
