@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -45,6 +46,14 @@ char *put_number(char *at, long number)
     return at;
 }
 
+/* What is too large becomes the largest number that there is, and never some small one. */
+#define SMALLEST (1ull << 63)
+
+static unsigned long long add_digit(unsigned long long value, unsigned digit)
+{
+    return value > (ULLONG_MAX - digit) / 10 ? ULLONG_MAX : value * 10 + digit;
+}
+
 const char *parse_number(const char *at, const char *end, unsigned long long *out)
 {
     while (at < end && *at == ' ')
@@ -56,8 +65,8 @@ const char *parse_number(const char *at, const char *end, unsigned long long *ou
         return NULL;
     unsigned long long value = 0;
     for (; at < end && *at >= '0' && *at <= '9'; at++)
-        value = value * 10 + (unsigned)(*at - '0');
-    *out = negative ? 0 - value : value;
+        value = add_digit(value, (unsigned)(*at - '0'));
+    *out = !negative ? value : 0 - (value < SMALLEST ? value : SMALLEST);
     return at;
 }
 
@@ -230,7 +239,8 @@ long listing_next_number(struct listing *listing)
     while ((entry = listing_next(listing))) {
         unsigned long long value;
         const char *end = entry->name + strlen(entry->name);
-        if (entry->name[0] != '-' && parse_number(entry->name, end, &value) == end)
+        const bool digits = entry->name[0] >= '0' && entry->name[0] <= '9';
+        if (digits && parse_number(entry->name, end, &value) == end && value <= LONG_MAX)
             return (long)value;
     }
     return -1;
