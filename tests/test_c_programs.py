@@ -27,6 +27,7 @@ RUN = {
 
 PROGRAMS: dict[str, list[str]] = {
     "numbers": [],
+    "options": [],
     "processes": ["openat"],
 }
 """With the functions that each of them puts its own in front of."""

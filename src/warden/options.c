@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "warden.h"
 
+#include <limits.h>
 #include <string.h>
 
 enum kind { NUMBER, LONG, FLAG, TEXT, TEXTS };
@@ -74,11 +75,12 @@ static bool store_number(char *to, enum kind kind, const char *value)
     const char *end = value + strlen(value);
     if (parse_number(value, end, &number) != end)
         return false;
-    if (kind == LONG)
+    if (kind == LONG) {
         *(long *)(void *)to = (long)number;
-    else
-        *(int *)(void *)to = (int)number;
-    return true;
+        return (*value == '-') == ((long)number < 0) || number == 0;
+    }
+    *(int *)(void *)to = (int)number;
+    return number <= INT_MAX;
 }
 
 static bool take_option(struct options *options, char *argument)
