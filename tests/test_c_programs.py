@@ -26,6 +26,7 @@ RUN = {
 }
 
 PROGRAMS: dict[str, list[str]] = {
+    "attributes": [],
     "numbers": [],
     "options": [],
     "processes": ["openat"],

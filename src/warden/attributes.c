@@ -5,6 +5,7 @@
 #include "warden.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -36,8 +37,10 @@ static int set_affinity(const char *list)
     unsigned long long cpu;
 
     for (const char *at = list; (at = parse_list(at, &cpu));) {
-        if (cpu >= CPUS_MAX)
+        if (cpu >= CPUS_MAX) {
+            errno = EINVAL;
             return -1;
+        }
         mask[cpu / bits] |= 1ul << (cpu % bits);
     }
     return (int)syscall(SYS_sched_setaffinity, 0, sizeof mask, mask);
@@ -96,8 +99,13 @@ static int set_groups(const char *list)
     unsigned groups[GROUPS_MAX];
     size_t count = 0;
     unsigned long long group;
-    for (const char *at = list; count < GROUPS_MAX && (at = parse_list(at, &group));)
+    for (const char *at = list; (at = parse_list(at, &group));) {
+        if (count == GROUPS_MAX || group > UINT_MAX) {
+            errno = EINVAL;
+            return -1;
+        }
         groups[count++] = (unsigned)group;
+    }
     return (int)syscall(SETGROUPS, count, groups);
 }
 
