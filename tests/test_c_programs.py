@@ -27,6 +27,7 @@ RUN = {
 
 PROGRAMS: dict[str, list[str]] = {
     "attributes": [],
+    "cgroup": ["write_text"],
     "numbers": [],
     "options": [],
     "processes": ["openat"],

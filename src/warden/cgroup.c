@@ -68,8 +68,8 @@ static bool event_is(const struct warden *w, const char *wanted)
 {
     char text[128];
     ssize_t got = pread(w->leaf_events, text, sizeof text - 1, 0);
-    if (got < 0)
-        return false;
+    if (got < 0) /* ENODEV: it has been removed by somebody else, so nobody is in it */
+        return errno == ENODEV && strcmp(wanted, "populated 0") == 0;
     text[got] = '\0';
     const size_t length = strlen(wanted);
     for (const char *at = text; at; at = strchr(at, '\n')) {
@@ -144,11 +144,15 @@ void cgroup_evacuate(const struct warden *w)
         return;
     for (int round = 0; round < 1000 && cgroup_populated(w); round++) {
         ssize_t got = read_text(w->leaf, "cgroup.procs", text, sizeof text);
-        const char *end = text + (got < 0 ? 0 : got);
+        const char *end = got > 0 ? memrchr(text, '\n', (size_t)got) : NULL;
         unsigned long long pid;
+        if (!end)
+            return;
+        /* What stands behind the last line end is a number cut in two: somebody else's, perhaps. */
         for (const char *at = text; at < end && (at = parse_number(at, end, &pid)); at++) {
             put_number(number, (long)pid);
-            if (write_text(w->leaf, "../cgroup.procs", number) && errno != ESRCH)
+            const int error = write_text(w->leaf, "../cgroup.procs", number);
+            if (error && error != ESRCH)
                 return;
         }
     }
@@ -208,8 +212,10 @@ static bool remove_below(int leaf)
 
     while (at >= 0) {
         const bool found = first_directory(at, name);
-        if (found && unlinkat(at, name, AT_REMOVEDIR) == 0)
+        if (found && unlinkat(at, name, AT_REMOVEDIR) == 0) {
+            from_below = false; /* what is found next is another one */
             continue;
+        }
         if (found ? from_below : depth == 0) {
             close(at);
             return !found;
