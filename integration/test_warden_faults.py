@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -12,7 +13,14 @@ from pathlib import Path
 import pytest
 
 import proctree
-from integration.conftest import QUICK, Lines, eventually, is_alive, living
+from integration.conftest import (
+    QUICK,
+    Lines,
+    eventually,
+    is_alive,
+    living,
+    start_supervisor,
+)
 from integration.test_endings import end, start
 from proctree import KillPolicy, Reason, Stage, protocol, registry
 from proctree.containment import warden as warden_module
@@ -28,6 +36,7 @@ def warden_of(handle: proctree.WatchedSubprocess) -> int:
     return root
 
 
+@pytest.mark.not_with("valgrind", "ps shows valgrind")
 def test_ps_shows_whose_warden_it_is(actors: str) -> None:
     handle, lines = start([actors, "pause"], "warden", name="nightly build")
     lines.wait_for()
@@ -38,6 +47,7 @@ def test_ps_shows_whose_warden_it_is(actors: str) -> None:
     end(handle)
 
 
+@pytest.mark.not_with("valgrind", "valgrind keeps descriptors of its own")
 def test_the_warden_keeps_nothing_of_the_trees(actors: str) -> None:
     """No standard stream, no passed descriptor, nothing that the host let leak."""
     reader, writer = os.pipe()
@@ -91,8 +101,6 @@ handle = proctree.WatchedSubprocess.start(
 print(handle.pid, handle._tree.contained.root(), flush=True)
 signal.pause()
 """
-    from integration.conftest import start_supervisor
-
     supervisor = start_supervisor(code)
     assert supervisor.stdout is not None
     main, warden = map(int, supervisor.stdout.readline().split())
@@ -243,6 +251,49 @@ def test_the_warden_starts_nothing_without_a_proper_start(garbage: bytes, tmp_pa
         assert warden.types() == [Type.FAULT]
     assert warden.finish() == 1
     assert not proof_of_life.exists()
+
+
+CALLABLE = """
+import os, signal, subprocess, sys
+from proctree.process import prctl
+
+warden, control, actors = sys.argv[1:]
+prctl.load().set_child_subreaper(True)
+main = os.fork()
+if main == 0:
+    os.setsid()
+    daemon = subprocess.Popen([actors, "pause"], stdout=subprocess.DEVNULL, start_new_session=True)
+    os.write(1, b"%d %d\\n" % (os.getpid(), daemon.pid))
+    signal.pause()
+sys.stdin.readline()
+# Not our parent: as when the parent has died, and its number is somebody else's.
+os.execv(warden, ["w", "control=" + control, f"supervisor={os.getpid()}", f"adopt={main}"])
+"""
+
+
+def test_a_callable_does_not_outlive_a_supervisor_that_died_early(actors: str) -> None:
+    """It runs before its warden is there: what it has started by then is ended too, daemons
+    included."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(30)
+    os.set_inheritable(theirs.fileno(), True)
+    becoming = start_supervisor(
+        CALLABLE,
+        warden_module.warden_path(),
+        str(theirs.fileno()),
+        actors,
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()
+    assert becoming.stdout is not None
+    members = [int(pid) for pid in becoming.stdout.readline().split()]
+    assert all(is_alive(pid) for pid in members)
+    becoming.communicate("\n")
+    assert becoming.returncode == 1
+    message = protocol.decode(ours.recv(protocol.MAX_MESSAGE))
+    assert message == protocol.Message(Type.FAULT, 0, 0, (errno.ESRCH, 6))
+    ours.close()
+    assert [pid for pid in members if is_alive(pid)] == []
 
 
 def test_list_names_every_member_with_its_state(actors: str) -> None:

@@ -328,7 +328,11 @@ static int prepare_proc(struct warden *w)
         return errno;
     unsigned long long pid = 0;
     parse_number(self, self + got, &pid);
-    return (pid_t)pid == w->self ? 0 : ENXIO;
+    if ((pid_t)pid == w->self)
+        return 0;
+    close(w->proc); /* nobody is ever looked up there */
+    w->proc = -1;
+    return ENXIO;
 }
 
 static int prepare_supervisor(struct warden *w)
@@ -341,10 +345,13 @@ static int prepare_supervisor(struct warden *w)
     return getppid() == w->options.supervisor ? 0 : ESRCH;
 }
 
+/* What abandon() needs comes before what may fail because the supervisor has died. */
 static struct failure prepare(struct warden *w)
 {
     int error;
 
+    if ((error = tree_prepare(w)))
+        return failure_at(STEP_MEMORY, error);
     if ((error = descriptors_prepare()))
         return failure_at(STEP_DESCRIPTORS, error);
     if ((error = prepare_signals(w)))
@@ -359,12 +366,10 @@ static struct failure prepare(struct warden *w)
         return failure_at(STEP_SUBREAPER, errno);
     if (prctl(PR_SET_NAME, "proctree-warden") < 0)
         return failure_at(STEP_SUBREAPER, errno);
-    if ((error = prepare_supervisor(w)))
-        return failure_at(STEP_PIDFD, error);
     if ((error = prepare_proc(w)))
         return failure_at(STEP_PROC, error);
-    if ((error = tree_prepare(w)))
-        return failure_at(STEP_MEMORY, error);
+    if ((error = prepare_supervisor(w)))
+        return failure_at(STEP_PIDFD, error);
     terminal_prepare(w);
     return failure_at(0, 0);
 }
@@ -456,12 +461,15 @@ void leave_nothing(struct warden *w)
  * the init of a namespace.  Nobody waits for them but us, and not for ever. */
 static int abandon(struct warden *w)
 {
-    if (w->options.adopt > 0 && w->seen) {
+    if (!w->killed) { /* no memory to walk with */
+        if (w->options.adopt > 0)
+            kill(-w->options.adopt, SIGKILL);
+        return 1;
+    }
+    if (w->options.adopt > 0) {
         struct sent sent = {0, 0};
         w->main = w->options.adopt;
         kill_tree(w, &sent, 0);
-    } else if (w->options.adopt > 0) {
-        kill(-w->options.adopt, SIGKILL);
     }
     if (w->init)
         kill(w->init, SIGKILL);
