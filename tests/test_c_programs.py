@@ -28,9 +28,12 @@ RUN = {
 PROGRAMS: dict[str, list[str]] = {
     "attributes": [],
     "cgroup": ["write_text"],
+    "channel": ["poll"],
     "numbers": [],
     "options": [],
     "processes": ["openat"],
+    "requests": [],
+    "trees": ["openat"],
 }
 """With the functions that each of them puts its own in front of."""
 
@@ -59,7 +62,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         command += [str(HERE / f"{name}.c"), *map(str, folder.glob("*.o"))]
         subprocess.run(command, check=True)
         return subprocess.run(
-            [*RUN[kind], str(program), *arguments], capture_output=True, text=True, check=False
+            [*RUN[kind], str(program), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
 
     return build_and_run
