@@ -55,6 +55,7 @@ static void daemonise(void)
         _exit(8);
     if (fork() == 0) {
         setsid();
+        /* Before it is there: it is reported before it runs, and may be signalled at once. */
         signal(SIGTERM, SIG_IGN);
         signal(SIGHUP, SIG_IGN);
         pid_t pid = fork();

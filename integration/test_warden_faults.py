@@ -105,6 +105,7 @@ signal.pause()
     assert supervisor.stdout is not None
     main, warden = map(int, supervisor.stdout.readline().split())
     os.kill(supervisor.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, supervisor.pid, os.WSTOPPED)  # all of its threads
     os.kill(warden, signal.SIGTERM)
     eventually(lambda: not is_alive(main), "the warden ends the tree by itself")
     os.kill(supervisor.pid, signal.SIGCONT)
