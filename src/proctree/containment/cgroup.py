@@ -19,19 +19,20 @@ from proctree.process.cgroups import Home
 
 END_SECONDS = 5.0
 
-_homes: dict[int, Home] = {}
-"""Our own cgroup, looked up once, and anew after a fork."""
+_homes: dict[str | None, Home] = {}
+"""Our own cgroup as the kernel calls it -> where it is; one entry, since a manager may move us."""
 
 
 def _home() -> Home:
-    home = _homes.get(os.getpid())
+    own = cgroups.own_path()
+    home = _homes.get(own)
     if home is None:
-        home = cgroups.find_home()
+        home = cgroups.find_home(own)
         reason = cgroups.trouble(home)
         if reason is not None:
             raise ContainmentUnavailable(reason)
         _homes.clear()
-        _homes[os.getpid()] = home
+        _homes[own] = home
     return home
 
 

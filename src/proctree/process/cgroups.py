@@ -99,18 +99,30 @@ class Home(NamedTuple):
     mount: str
 
 
-def find_home() -> Home:
-    """Our own cgroup.
+def _read_proc(path: str) -> str:
+    try:
+        return _read(path)
+    except OSError as error:
+        text = f"{path} is not readable ({errno_name(error.errno or 0)})"
+        raise ContainmentUnavailable(text) from None
+
+
+def own_path() -> str | None:
+    """Our own cgroup in the hierarchy, as the kernel calls it; None without cgroup2.
+
+    Raises:
+        ContainmentUnavailable: it cannot be read.
+    """
+    return parse_own(_read_proc("/proc/self/cgroup"))
+
+
+def find_home(own: str | None) -> Home:
+    """The cgroup `own` (see `own_path`) in the file system.
 
     Raises:
         ContainmentUnavailable: there is none that can be reached; says why.
     """
-    try:
-        own = parse_own(_read("/proc/self/cgroup"))
-        mounts = parse_mounts(_read("/proc/self/mountinfo"))
-    except OSError as error:
-        text = f"{error.filename} is not readable ({errno_name(error.errno or 0)})"
-        raise ContainmentUnavailable(text) from None
+    mounts = parse_mounts(_read_proc("/proc/self/mountinfo"))
     if own is None or not mounts:
         raise ContainmentUnavailable("no cgroup2 hierarchy is mounted")
     found = resolve(mounts, own)
