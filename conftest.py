@@ -1,14 +1,18 @@
-"""What holds for the whole suite: a test leaves no process and no descriptor behind.
+"""What holds for the whole suite: a test leaves no process, no descriptor, no cgroup and no entry
+in the registry behind.
 
 The test process makes itself a child subreaper, so that whatever gets away from its parent in a
 test lands here and not under pid 1: nothing can hide, whatever it does to its session, its parents
-or its environment.
+or its environment. It lives in a cgroup of its own where it may make one, and has a registry of its
+own, so that what it finds there is its own and not somebody else's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +22,8 @@ import pytest
 
 from proctree import loop
 from proctree.containment.warden import WardenContained
-from proctree.process import prctl, proof
+from proctree.errors import ContainmentUnavailable
+from proctree.process import cgroups, prctl, proof
 
 LEAVE_SECONDS = 10.0
 """How long something that is ending may take to be gone."""
@@ -32,8 +37,63 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+class Place:
+    """The cgroup and the registry of the suite."""
+
+    cgroup: str | None = None
+    before: str | None = None
+    runtime: str | None = None
+
+
+def _move_to(cgroup: str) -> None:
+    with open(f"{cgroup}/cgroup.procs", "w", encoding="ascii") as file:
+        file.write("0")
+
+
+def _enter_place() -> None:
+    Place.runtime = os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="proctree-suite-")
+    with contextlib.suppress(ContainmentUnavailable, OSError):
+        home = cgroups.find_home(cgroups.own_path()).path
+        cgroup = f"{home.rstrip('/')}/proctree-suite-{os.getpid()}"
+        os.mkdir(cgroup)
+        Place.cgroup, Place.before = cgroup, home
+        _move_to(cgroup)
+
+
+def _leave_place() -> None:
+    if Place.runtime is not None:
+        shutil.rmtree(Place.runtime)
+    if Place.cgroup is not None and Place.before is not None:
+        _move_to(Place.before)
+        assert cgroups.end(Place.cgroup, LEAVE_SECONDS)
+
+
+def _leaves_and_entries() -> list[str]:
+    """What trees have in the file system."""
+    found = []
+    if Place.cgroup is not None:
+        found += [f"cgroup {entry.name}" for entry in os.scandir(Place.cgroup) if entry.is_dir()]
+    with contextlib.suppress(FileNotFoundError):
+        found += [f"entry {name}" for name in os.listdir(f"{Place.runtime}/proctree")]
+    return sorted(found)
+
+
+def _clear_place() -> None:
+    """So that the next test is not blamed for this one."""
+    if Place.cgroup is not None:
+        for entry in os.scandir(Place.cgroup):
+            if entry.is_dir():
+                cgroups.end(entry.path, LEAVE_SECONDS)
+    shutil.rmtree(f"{Place.runtime}/proctree", ignore_errors=True)
+
+
+def pytest_unconfigure() -> None:
+    _leave_place()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     prctl.LibcPrctl().set_child_subreaper(True)
+    _enter_place()
     _note_own_wardens()
     loop.get()  # its two descriptors belong to the process and not to the first test
 
@@ -98,7 +158,8 @@ def nothing_left_behind() -> Iterator[None]:
         _reap_orphans(processes)
         left = _new(processes, _descendants())  # type: ignore[arg-type]
         opened = _new(descriptors, _descriptors())  # type: ignore[arg-type]
-        if not left and not opened:
+        kept = _leaves_and_entries()
+        if not left and not opened and not kept:
             return
         if time.monotonic() > deadline:
             break
@@ -109,4 +170,5 @@ def nothing_left_behind() -> Iterator[None]:
         with contextlib.suppress(psutil.NoSuchProcess):
             if (process.pid, process.create_time()) not in processes:
                 process.kill()
-    pytest.fail(f"left behind: processes {left}, descriptors {opened}")
+    _clear_place()
+    pytest.fail(f"left behind: processes {left}, descriptors {opened}, files {kept}")

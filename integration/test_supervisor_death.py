@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+import proctree
 from integration.conftest import Lifeline, eventually, is_alive, living, start_supervisor
 
 pytestmark = pytest.mark.wardens("sanitized")
@@ -201,6 +202,7 @@ signal.pause()
     supervisor.kill()
     finish(supervisor)
     eventually(lambda: not is_alive(main), "the main process goes too")
+    assert proctree.sweep() == []  # nothing to end, but its entry goes
 
 
 def test_group_ends_its_trees_when_the_interpreter_exits(actors: str, lifeline: Lifeline) -> None:

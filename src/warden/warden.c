@@ -480,6 +480,8 @@ static int abandon(struct warden *w)
         while (read(w->signals, &info, sizeof info) > 0)
             continue;
     }
+    if (w->options.adopt > 0 && w->leaf < 0) /* its leaf was made before us */
+        cgroup_prepare(w);
     leave_nothing(w);
     return 1;
 }

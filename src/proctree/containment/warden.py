@@ -223,33 +223,44 @@ class WardenContained(Contained):
         """
         from proctree.process import child
 
-        report = b""
+        pid, report, step = 0, b"", "fork"
         try:
             child.lead_group(command)
             calls.set_child_subreaper(True)
             self._prepare_callable()
             reader, writer = os.pipe()
+            # It is closed by our exec: before that has succeeded, the callable does not begin.
+            hold, release = os.pipe()
             parent = os.getpid() if self.parent_visible else None
-            cgroup = None if self.cgroup is None else os.fsencode(self.cgroup)
             pid = os.fork()
             if pid == 0:
-                unwanted = (control, reader)
-                child.run_forked(command, stdio, calls, parent, writer, unwanted, cgroup=cgroup)
+                child.run_forked(
+                    command,
+                    stdio,
+                    calls,
+                    parent,
+                    writer,
+                    (control, reader, release),
+                    hold=hold,
+                    cgroup=None if self.cgroup is None else os.fsencode(self.cgroup),
+                )
             os.close(writer)
             report = os.read(reader, child.REPORT.size)
-            if report:
-                os.waitpid(pid, 0)
-                self._abandon_callable()
-            else:
+            if not report:
                 os.set_inheritable(control, True)
                 arguments = [*arguments, *self._callable_arguments(), b"adopt=%d" % pid]
+                step = "exec"
                 os.execve(path, arguments, command.env)
         except child.StepFailed as failed:
             report = child.REPORT.pack(failed.error, child.step_number(failed.step))
         except OSError as error:
-            report = child.REPORT.pack(error.errno or 0, child.step_number("fork"))
+            report = child.REPORT.pack(error.errno or 0, child.step_number(step))
         finally:
-            # The callable dies with us, by PDEATHSIG.
+            with contextlib.suppress(OSError):
+                if pid > 0:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+            self._abandon_callable()
             _report_failure(control, report)
             os._exit(1)
 
@@ -262,7 +273,7 @@ class WardenContained(Contained):
         """
 
     def _abandon_callable(self) -> None:
-        """Undoes `_prepare_callable`, after the callable has ended."""
+        """Undoes what there is of `_prepare_callable`, after the callable has ended."""
 
     def _callable_arguments(self) -> list[bytes]:
         """What the warden has to know of it."""

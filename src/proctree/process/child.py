@@ -61,6 +61,7 @@ def die_with_parent(prctl: Prctl, parent: int | None) -> None:
     signal when they change (prctl(2), PR_SET_PDEATHSIG).
 
     Args:
+        hold: a callable does not begin before the end of this pipe.
         parent: None when its end cannot be missed (in a PID namespace that ends with it).
     """
     with _step("pdeathsig"):
@@ -229,6 +230,7 @@ def run_forked(
     report: int,
     unwanted: tuple[int, ...],
     gate: int | None = None,
+    hold: int | None = None,
     cgroup: bytes | None = None,
 ) -> NoReturn:
     """The forked child that is to be the main process, for a command or a callable.
@@ -266,6 +268,9 @@ def run_forked(
                 close_others((report, *command.pass_fds))
                 execute(command)
             os.close(report)
+            if hold is not None:
+                os.read(hold, 1)
+                os.close(hold)
         except StepFailed as failed:
             os.write(report, REPORT.pack(failed.error, step_number(failed.step)))
             os._exit(127)
