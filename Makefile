@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PACKAGE_SOURCES := $(shell find src -name '*.py' -o -name '*.[ch]' -o -name 'meson.build') \
 	meson.build meson.options pyproject.toml
 
-.PHONY: all demo test lint bench docs clean
+.PHONY: all demo test lint soak bench docs clean
 
 all: test
 
@@ -48,6 +48,14 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
+
+# For hours rather than minutes: `make soak TREES=100000 CONTAINMENT=group`.
+TREES := 10000
+THREADS := 8
+CONTAINMENT := warden
+
+soak: $(VENV)/.installed
+	$(RUN) -m integration.soak --trees $(TREES) --threads $(THREADS) --containment $(CONTAINMENT)
 
 bench: $(VENV)/.installed
 	$(PIP) install --quiet -r benchmarks/requirements.txt
