@@ -145,6 +145,8 @@ size_t parse_children(const char *text, size_t length, bool last, pid_t *out, si
         if (value > 0 && value <= PIDS_MAX)
             out[count++] = (pid_t)value;
     }
+    while (at < end && *at == ' ')
+        at++;
     *used = (size_t)(at - text);
     return count;
 }

@@ -1,0 +1,79 @@
+"""The parsers of the warden, given what nobody would think of. `make fuzz` does it for longer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fuzzing
+from helper_sources import WARDEN
+
+RUNS = {"children": 10_000, "options": 10_000, "request": 50_000, "stat": 15_000, "texts": 50_000}
+
+
+@pytest.fixture(scope="module")
+def libfuzzer() -> None:
+    if reason := fuzzing.libfuzzer():
+        pytest.skip(reason)
+
+
+def fuzz(
+    target: str, folder: Path, runs: int, warden: Path = WARDEN
+) -> subprocess.CompletedProcess[str]:
+    """The same inputs each time: what is found here is not a matter of luck."""
+    program, corpus = folder / target, folder / "corpus"
+    fuzzing.build(target, program, fuzzer=True, warden=warden)
+    fuzzing.write_seeds(target, corpus)
+    return subprocess.run(
+        fuzzing.command(target, program, corpus, folder, f"-runs={runs}", "-seed=1"),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        start_new_session=True,  # its symbolizer outlives it, and in its own session nobody minds
+    )
+
+
+@pytest.mark.parametrize("target", fuzzing.SEEDS)
+def test_nothing_breaks_it(libfuzzer: None, target: str, tmp_path: Path) -> None:
+    done = fuzz(target, tmp_path, RUNS[target])
+    found = {path.name: path.read_bytes() for path in tmp_path.glob(f"{target}-*")}
+    assert done.returncode == 0, f"{found}\n{done.stderr[-5000:]}"
+    assert f"Done {RUNS[target]} runs" in done.stderr
+
+
+@pytest.mark.parametrize("target", fuzzing.SEEDS)
+def test_the_seeds_by_any_compiler(target: str, tmp_path: Path) -> None:
+    fuzzing.build(target, tmp_path / target, fuzzer=False)
+    seeds = fuzzing.write_seeds(target, tmp_path / "corpus")
+    done = subprocess.run(
+        [tmp_path / target, *seeds], capture_output=True, text=True, errors="replace", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(seeds)
+
+
+MISTAKES = {
+    "children": ("tree.c", "text + held, sizeof text - held", "text + held, sizeof text"),
+    "options": ("options.c", "i < room", "i <= room"),
+    "request": ("request.c", "stage_count > PROTOCOL_STAGES_MAX", "stage_count > 9"),
+    "stat": ("proc.c", "close + 3 > end", "close + 1 > end"),
+    "texts": ("proc.c", "(size_t)(end - at) > size && ", ""),
+}
+"""One for each target: a file, what stands in it, and what somebody could have written instead."""
+
+
+@pytest.mark.parametrize("target", MISTAKES)
+def test_a_mistake_is_found(libfuzzer: None, target: str, tmp_path: Path) -> None:
+    name, right, wrong = MISTAKES[target]
+    folder = tmp_path / "src" / "warden"
+    shutil.copytree(WARDEN, folder)
+    text = (folder / name).read_text()
+    assert text.count(right) == 1
+    (folder / name).write_text(text.replace(right, wrong))
+    done = fuzz(target, tmp_path, RUNS[target], folder)
+    assert done.returncode != 0
+    assert "AddressSanitizer" in done.stderr or "does not hold" in done.stderr
