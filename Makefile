@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PACKAGE_SOURCES := $(shell find src -name '*.py' -o -name '*.[ch]' -o -name 'meson.build') \
 	meson.build meson.options pyproject.toml
 
-.PHONY: all demo test lint soak bench docs clean
+.PHONY: all demo test lint soak bench docs fuzz sanitize clean
 
 all: test
 
@@ -17,6 +17,11 @@ all: test
 # root; otherwise it is said plainly what to install.
 .system: scripts/system-packages
 	PYTHON="$(PYTHON)" sh scripts/system-packages
+	touch $@
+
+# What looks for mistakes in the C code. Nothing that users get needs it.
+.tools: scripts/system-packages
+	sh scripts/system-packages tools
 	touch $@
 
 $(VENV)/bin/python: .system
@@ -39,15 +44,16 @@ $(VENV)/.docs: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(RUN) demo/heartbeat_409.py
 
-test: $(VENV)/.prctl lint
+test: $(VENV)/.prctl .tools lint
 	$(RUN) -m pytest
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed .tools
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
+	scripts/analyze
 
 # For hours rather than minutes: `make soak TREES=100000 CONTAINMENT=group`.
 TREES := 10000
@@ -61,8 +67,16 @@ bench: $(VENV)/.installed
 	$(PIP) install --quiet -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks
 
+# The parsers of the warden for a minute each, and what has been learnt is kept for the next time.
+fuzz: $(VENV)/.installed .tools
+	$(RUN) tests/fuzzing.py --seconds 60
+
+# Every integration test with the sanitized warden; a report of it fails the test.
+sanitize: $(VENV)/.prctl
+	$(RUN) -m pytest integration --warden=sanitized
+
 docs: $(VENV)/.docs
 	$(VENV)/bin/sphinx-build -W -b html docs build/docs
 
 clean:
-	rm -rf $(VENV) .system build
+	rm -rf $(VENV) .system .tools build
