@@ -177,18 +177,21 @@ class SpawnAttributes:
         """A user without the user's groups would keep ours: root's, where it matters most."""
         if self.uid is None or (self.gid is not None and self.groups is not None):
             return
+        gid = self.gid
         try:
             user = pwd.getpwuid(self.uid)
         except KeyError:
-            if self.gid is None:
+            if gid is None:
                 raise ValueError(
                     f"gid: must be given, since the user database does not know uid {self.uid}"
                 ) from None
-            user = None
-        if self.gid is None and user is not None:
-            object.__setattr__(self, "gid", user.pw_gid)
+            names = []
+        else:
+            gid = user.pw_gid if gid is None else gid
+            names = [user.pw_name]
+        object.__setattr__(self, "gid", gid)
         if self.groups is None and self.uid != os.geteuid():
-            groups = [] if user is None else os.getgrouplist(user.pw_name, self.gid or user.pw_gid)
+            groups = [group for name in names for group in os.getgrouplist(name, gid)]
             object.__setattr__(self, "groups", tuple(groups))
 
     @property
