@@ -6,9 +6,9 @@ import ctypes
 import os
 import platform
 import resource
+import struct
 
 _IOPRIO_WHO_PROCESS = 1
-_NO_LIMIT = 2**64 - 1
 
 # No libc wraps it (ioprio_set(2), NOTES); the numbers are those of the kernel's tables.
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
@@ -34,8 +34,10 @@ def set_rlimit(number: int, soft: int, hard: int) -> None:
     Raises:
         OSError: the kernel refuses (EPERM for a hard limit above the present one).
     """
-    unlimited = resource.RLIM_INFINITY
-    soft, hard = (unlimited if value == _NO_LIMIT else value for value in (soft, hard))
+    # `resource` takes signed numbers. What is above them is beyond anything that could be counted,
+    # but not the same as no limit: getrlimit(2) is to say what was asked for.
+    limits = (struct.pack("=Q", value) for value in (soft, hard))
+    soft, hard = (struct.unpack("=q", value)[0] for value in limits)
     try:
         resource.setrlimit(number, (soft, hard))
     except ValueError:
