@@ -152,7 +152,8 @@ def enter(command: Command) -> None:
 
 
 def close_others(keep: tuple[int, ...]) -> None:
-    """Closes everything above 2 that is not in `keep`."""
+    """Closes everything above 2 that is not in `keep`. Before the attributes: a limit of open files
+    would hide from us what is open above it."""
     low = 3
     for fd in sorted(keep):
         os.closerange(low, fd)
@@ -257,6 +258,8 @@ def run_forked(
             place_stdio(stdio)
             if command.terminal:
                 take_terminal()
+            if command.function is None:
+                close_others((report, *command.pass_fds))
             if command.attributes is not None:
                 apply_attributes(command.attributes)
             enter(command)
@@ -265,7 +268,6 @@ def run_forked(
             die_with_parent(prctl, parent)
             reset_signals()
             if command.function is None:
-                close_others((report, *command.pass_fds))
                 execute(command)
             os.close(report)
             if hold is not None:
