@@ -551,6 +551,10 @@ def _report_failure(control: int, report: bytes) -> None:
 
     if not report:
         return
+    # A socket that is closed with START unread in it is reset, and the report goes with it
+    # (unix_release_sock() of the kernel).
+    with contextlib.suppress(OSError):
+        os.read(control, protocol.MAX_MESSAGE)
     number, step = child.REPORT.unpack(report)
     message = protocol.FAILURE.pack(protocol.VERSION, Type.EXEC_FAILED, 0, 0, number, step)
     with contextlib.suppress(OSError):
