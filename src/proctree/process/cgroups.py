@@ -40,10 +40,15 @@ def _unescape(field: str) -> str:
     return field.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
+def _lines(text: str) -> list[str]:
+    """A path may hold what else str.splitlines() takes for the end of a line."""
+    return text.split("\n")
+
+
 def parse_mounts(mountinfo: str) -> list[Mount]:
     """The cgroup2 mounts in the text of /proc/self/mountinfo, in their order."""
     mounts = []
-    for line in mountinfo.splitlines():
+    for line in _lines(mountinfo):
         before, separator, after = line.partition(" - ")
         fields = before.split(" ")
         if separator and len(fields) >= 6 and after.split(" ")[0] == "cgroup2":
@@ -53,7 +58,7 @@ def parse_mounts(mountinfo: str) -> list[Mount]:
 
 def parse_own(text: str) -> str | None:
     """Our path in the cgroup2 hierarchy, from the text of /proc/self/cgroup; None without one."""
-    for line in text.splitlines():
+    for line in _lines(text):
         if line.startswith("0::"):
             return line[3:]
     return None
@@ -62,9 +67,9 @@ def parse_own(text: str) -> str | None:
 def parse_v1_controllers(text: str) -> set[str]:
     """The controllers that the hierarchies of cgroup v1 hold, from /proc/self/cgroup."""
     held: set[str] = set()
-    for line in text.splitlines():
+    for line in _lines(text):
         number, _, rest = line.partition(":")
-        if number != "0":
+        if rest and number != "0":
             held.update(rest.partition(":")[0].split(","))
     return held
 
@@ -74,13 +79,13 @@ def resolve(mounts: list[Mount], own: str) -> tuple[str, str] | None:
     shows what is outside of it as /.., and that cannot be reached."""
     for root, point in mounts:
         prefix = root.rstrip("/")
-        if "/.." not in own and (own == prefix or own.startswith(prefix + "/")):
+        if ".." not in own.split("/") and (own == prefix or own.startswith(prefix + "/")):
             return (point.rstrip("/") + own[len(prefix) :]).rstrip("/") or "/", point
     return None
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read()
 
 
