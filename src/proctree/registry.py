@@ -29,6 +29,9 @@ from proctree.records import Member
 
 VERSION = 1
 CGROUP_SECONDS = 5.0
+NAME_LENGTH = 256
+"""How much of a tree's name an entry keeps: it is for people, and the entry one argument of the
+warden's, whose length the kernel bounds (MAX_ARG_STRLEN, execve(2))."""
 STALE_SECONDS = 3600.0
 """After which the beginnings of an entry, which name no tree, are cleared away."""
 
@@ -178,7 +181,7 @@ def record(tree_id: str, name: str, containment: str, cgroup: str | None) -> str
         f"pidns {namespace}",
         f"tree {tree_id}",
         f"containment {containment}",
-        f"name {_escape(name)}",
+        f"name {_escape(name[:NAME_LENGTH])}",
     ]
     if cgroup is not None:
         lines.append(f"cgroup {_escape(cgroup)}")
@@ -268,7 +271,8 @@ def _locked(path: str) -> Iterator[str | None]:
     """The text of an entry whose holder is dead, under its lock; None for one whose holder lives,
     or that is gone."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # O_NONBLOCK: the opening of a FIFO would wait for somebody who writes.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         yield None
         return
@@ -279,9 +283,17 @@ def _locked(path: str) -> Iterator[str | None]:
             there = os.stat(path, follow_symlinks=False).st_ino == os.fstat(fd).st_ino
         except OSError:
             there = False
-        yield os.read(fd, 65536).decode("ascii", "replace") if there else None
+        yield _text(fd) if there else None
     finally:
         os.close(fd)
+
+
+def _text(fd: int) -> str:
+    """Empty, which no entry is, for what is not a file."""
+    try:
+        return os.read(fd, 65536).decode("ascii", "replace")
+    except OSError:
+        return ""
 
 
 def _same_process(process: tuple[int, int] | None) -> bool:
@@ -314,7 +326,8 @@ def _end(entry: Entry) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
     """What was ended, and what survived."""
     ended: dict[tuple[int, int], Member] = {}
     survivors: list[Member] = []
-    if entry.cgroup is not None and os.path.basename(entry.cgroup).endswith(entry.tree_id):
+    leaf = cgroups.LEAF_PREFIX + entry.tree_id
+    if entry.cgroup is not None and os.path.basename(entry.cgroup) == leaf:
         inside = _stats(cgroups.pids_in(entry.cgroup))
         if not cgroups.end(entry.cgroup, CGROUP_SECONDS):
             survivors = _stats(cgroups.pids_in(entry.cgroup))
