@@ -8,6 +8,7 @@ it, and without CAP_SYS_ADMIN it lives in a user namespace, where set-uid progra
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 
@@ -79,6 +80,11 @@ class PidnsContained(WardenContained):
         except StepFailed as failed:
             link.send(_READY.pack(failed.error, step_number(failed.step)))
             os._exit(127)
+
+    def _abandon_callable(self) -> None:
+        """The namespace ends with its init, which would notice later that we are gone."""
+        os.kill(self._init, signal.SIGKILL)
+        os.waitpid(self._init, 0)
 
     def _callable_arguments(self) -> list[bytes]:
         for fd in (self._link, self._proc):
