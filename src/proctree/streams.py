@@ -29,6 +29,11 @@ PIPE_SIZE = 1024 * 1024
 fcntl(2): an unprivileged user gets what /proc/sys/fs/pipe-user-pages-soft leaves."""
 
 
+TERMINAL_SIZE = 1024 * 1024
+"""Bytes; more than the kernel keeps of what was written to a pseudo-terminal
+(TTYB_DEFAULT_MEM_LIMIT)."""
+
+
 def widen(fd: int) -> None:
     """Makes a pipe hold more, where the kernel lets us."""
     with contextlib.suppress(OSError):  # EPERM: it works with its present size, only slower
@@ -51,6 +56,7 @@ class OutputStream:
         self._sink = sink
         self._ended = ended
         self._left: int | None = None
+        self._terminal = os.isatty(fd)
         self._registered = False
         self._finished = False
         os.set_blocking(fd, False)
@@ -113,14 +119,21 @@ class OutputStream:
     def _resume(self) -> None:
         if not self._registered and not self._finished:
             self.start()
+            if self._left is not None:
+                self._readable(READ)  # nothing more may come that epoll would tell
 
     def drain(self) -> None:
         """The tree is empty: what the pipe holds now is all that it ever wrote."""
         if self._finished or self._left is not None:
             return
-        waiting = bytearray(4)
-        fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
-        (self._left,) = struct.unpack("i", waiting)
+        if self._terminal:
+            # Much of it is still on its way through the kernel, where FIONREAD does not look, but
+            # read(2) does (n_tty_read(), tty_buffer_flush_work() of the kernel).
+            self._left = TERMINAL_SIZE
+        else:
+            waiting = bytearray(4)
+            fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
+            (self._left,) = struct.unpack("i", waiting)
         if self._registered:
             self._readable(READ)
 
