@@ -9,6 +9,7 @@ import threading
 import tty
 from typing import Any
 
+from proctree.process import proof
 from proctree.terminal import END_OF_INPUT, to_window
 from proctree.watched import WatchedSubprocess
 
@@ -84,11 +85,15 @@ class Job:
             os.kill(0, signal.SIGSTOP)
 
     def _orphaned(self) -> bool:
-        parent = os.getppid()
-        try:
-            return os.getsid(parent) != os.getsid(0) or os.getpgid(parent) == os.getpgrp()
-        except OSError:
-            return True
+        """Whether no process of our session outside of our group is above us. Our parent may be a
+        script, which is in our group: then it is its parent that counts."""
+        group, session = os.getpgrp(), os.getsid(0)
+        above = proof.read_stat(os.getppid())
+        while above is not None and above.session == session:
+            if above.pgrp != group:
+                return False
+            above = proof.read_stat(above.ppid)
+        return True
 
     def _continued(self, _signo: int, _frame: object) -> None:
         self._tree.foreground()
