@@ -36,7 +36,8 @@ class Relay:
         self._handle = handle
         if os.isatty(0):
             self._saved = termios.tcgetattr(0)
-            tty.setraw(0)
+            # Without the default's TCSAFLUSH: what was typed ahead is for the command.
+            tty.setraw(0, termios.TCSADRAIN)
             signal.signal(signal.SIGWINCH, self._resized)
             self._resized(signal.SIGWINCH, None)
         threading.Thread(target=self._pump, daemon=True).start()
