@@ -78,6 +78,14 @@ def make(size: WindowSize) -> tuple[int, int]:
     return ours, theirs
 
 
+class _Typed:
+    """What somebody types: what is left of it, and whether they may go on."""
+
+    def __init__(self, data: bytes) -> None:
+        self.left = memoryview(bytes(data))
+        self.done = Latch()
+
+
 class Terminal:
     """Our end of a tree's terminal, for typing and for its size. From any thread.
 
@@ -88,24 +96,27 @@ class Terminal:
         """`fd` is closed with the tree."""
         self._loop = loop
         self._fd = fd
-        self._waiting: deque[tuple[memoryview, Latch]] = deque()
+        self._waiting: deque[_Typed] = deque()
         self._registered = False
         self._open = True
         os.set_blocking(fd, False)
 
     def write(self, data: bytes) -> bool:
         """Types `data`, and returns when the terminal has taken it all: a tree that does not read
-        holds the typist up, as it would a person. Returns False when the tree has ended.
+        holds the typist up, as it would a person. Returns False when it did not take all: the
+        tree has ended, or nobody in it has the terminal open. As on every terminal, a line that is
+        longer than 4095 bytes is cut as long as nobody has switched to another mode (termios(3),
+        "Canonical and noncanonical mode").
 
         Not to be called in an output callback of the same tree: what it waits for may be that
         callback.
         """
         if not data:
             return self._open
-        taken = Latch()
-        self._loop.post(lambda: self._begin(memoryview(bytes(data)), taken))
-        taken.wait()
-        return self._open
+        typed = _Typed(data)
+        self._loop.post(lambda: self._begin(typed))
+        typed.done.wait()
+        return not typed.left
 
     def resize(self, rows: int, columns: int) -> None:
         """Sets the size of the window; the foreground group of the tree gets SIGWINCH.
@@ -123,11 +134,11 @@ class Terminal:
             with contextlib.suppress(OSError):  # hung up
                 _set_size(self._fd, size)
 
-    def _begin(self, data: memoryview, taken: Latch) -> None:
+    def _begin(self, typed: _Typed) -> None:
         if not self._open:
-            taken.set()
+            typed.done.set()
             return
-        self._waiting.append((data, taken))
+        self._waiting.append(typed)
         if not self._registered:
             self._registered = True
             self._loop.register(self._fd, WRITE, self._writable)
@@ -135,18 +146,16 @@ class Terminal:
     def type_all(self, data: bytes) -> None:
         """On the loop: types `data`, then ends the input."""
         ending = END_OF_INPUT if data.endswith(b"\n") or not data else END_OF_INPUT * 2
-        self._begin(memoryview(data + ending), Latch())
+        self._begin(_Typed(data + ending))
 
     def _writable(self, _mask: int) -> None:
         try:
             while self._waiting:
-                data, taken = self._waiting[0]
-                written = os.write(self._fd, data[:_PIECE])
-                if written < len(data):
-                    self._waiting[0] = (data[written:], taken)
-                else:
+                typed = self._waiting[0]
+                typed.left = typed.left[os.write(self._fd, typed.left[:_PIECE]) :]
+                if not typed.left:
                     self._waiting.popleft()
-                    taken.set()
+                    typed.done.set()
         except BlockingIOError:
             return
         except OSError:  # EIO: nobody has the other end open
@@ -162,7 +171,7 @@ class Terminal:
     def _give_up(self) -> None:
         self._rest()
         while self._waiting:
-            self._waiting.popleft()[1].set()
+            self._waiting.popleft().done.set()
 
     def close(self) -> None:
         if self._open:

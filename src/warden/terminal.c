@@ -6,7 +6,9 @@
 #define _GNU_SOURCE
 #include "warden.h"
 
+#include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/ioctl.h>
 #include <termios.h>
 #include <unistd.h>
@@ -33,7 +35,17 @@ void terminal_give(const struct warden *w, pid_t group)
     hand_over(w, w->terminal_owner, group);
 }
 
+/* A group of the tree that has ended may have it still: a job of a shell that was killed. */
+static bool is_nobody(pid_t group)
+{
+    return group > 1 && kill(-group, 0) < 0 && errno == ESRCH;
+}
+
 void terminal_take(const struct warden *w)
 {
-    hand_over(w, w->main, w->terminal_owner);
+    pid_t now;
+    if (w->terminal < 0 || ioctl(w->terminal, TIOCGPGRP, &now) < 0)
+        return;
+    if (now == w->main || is_nobody(now))
+        hand_over(w, now, w->terminal_owner);
 }

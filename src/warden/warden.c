@@ -139,6 +139,7 @@ static enum verdict read_control(struct warden *w)
 
 static enum verdict tree_empty(struct warden *w)
 {
+    terminal_take(w);
     send_empty(w);
     return FINISHED;
 }

@@ -146,6 +146,7 @@ def _terminal(handle: WatchedSubprocess, options: Namespace) -> Iterator[Callabl
 
     relay = Relay()
     try:
+        relay.prepare()
         yield lambda: relay.begin(handle)
     finally:
         relay.end()

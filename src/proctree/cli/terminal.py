@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import termios
@@ -10,7 +11,7 @@ import tty
 from typing import Any
 
 from proctree.process import proof
-from proctree.terminal import END_OF_INPUT, to_window
+from proctree.terminal import END_OF_INPUT
 from proctree.watched import WatchedSubprocess
 
 _PIECE = 4096
@@ -31,22 +32,28 @@ class Relay:
         self._saved: list[Any] | None = None
         self._handle: WatchedSubprocess | None = None
 
-    def begin(self, handle: WatchedSubprocess) -> None:
-        """After the launch."""
-        self._handle = handle
+    def prepare(self) -> None:
+        """Before the launch: from its first byte on, what the command's terminal shows is ready to
+        be shown by ours as it is."""
         if os.isatty(0):
             self._saved = termios.tcgetattr(0)
             # Without the default's TCSAFLUSH: what was typed ahead is for the command.
             tty.setraw(0, termios.TCSADRAIN)
+
+    def begin(self, handle: WatchedSubprocess) -> None:
+        """After the launch."""
+        self._handle = handle
+        if self._saved is not None:
             signal.signal(signal.SIGWINCH, self._resized)
             self._resized(signal.SIGWINCH, None)
         threading.Thread(target=self._pump, daemon=True).start()
 
     def _resized(self, _signo: int, _frame: object) -> None:
         terminal = None if self._handle is None else self._handle.terminal
-        size = to_window(True)
-        if terminal is not None and size is not None:
-            terminal.resize(*size)
+        if terminal is not None:
+            # Ours is where the keys come from: standard output may be a file.
+            with contextlib.suppress(OSError, ValueError):  # hung up, or a window of no size
+                terminal.resize(*reversed(os.get_terminal_size(0)))
 
     def _pump(self) -> None:
         terminal = None if self._handle is None else self._handle.terminal
