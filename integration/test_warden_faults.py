@@ -379,3 +379,11 @@ def test_an_idle_tree_makes_no_noise(actors: str) -> None:
     time.sleep(1.0)  # the span that is measured
     assert switches() == before
     end(handle, QUICK)
+
+
+def test_why_a_start_failed_is_never_lost() -> None:
+    """Whoever is to be the warden says it and ends with START unread: on a socket, the kernel then
+    tells of a reset before it hands out what was said."""
+    for _ in range(30):
+        with pytest.raises(FileNotFoundError):
+            proctree.run(lambda: None, containment="warden", cwd="/nonexistent")

@@ -304,6 +304,10 @@ class WardenContained(Contained):
             data = self._control.recv(protocol.MAX_MESSAGE)
         except BlockingIOError:
             return False
+        except ConnectionResetError:
+            # It ended and had not read all that we said. The kernel tells that before what the
+            # other end had said, and tells it once.
+            return True
         except OSError as error:
             self._lose(f"the warden's socket failed ({errno_name(error.errno or 0)})")
             return False
