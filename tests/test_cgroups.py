@@ -150,7 +150,7 @@ def test_mounted_at_the_root_of_everything():
 def test_this_very_process():
     """What is found is where the kernel has us."""
     try:
-        home = cgroups.find_home()
+        home = cgroups.find_home(cgroups.own_path())
     except ContainmentUnavailable as error:
         pytest.skip(str(error))
     assert str(os.getpid()) in Path(home.path, "cgroup.procs").read_text().split()
@@ -232,7 +232,7 @@ Ground = tuple[Home, str]
 def ground() -> Iterator[Ground]:
     """A cgroup of the test's own, as if it were ours, with a controller that it may give."""
     try:
-        home = cgroups.find_home()
+        home = cgroups.find_home(cgroups.own_path())
     except ContainmentUnavailable as error:
         pytest.skip(str(error))
     if (reason := cgroups.trouble(home)) is not None:
@@ -383,7 +383,10 @@ def test_we_are_found_in_one_with_an_odd_name(ground):
     home, _ = ground
     odd = Path(home.path, "..a \\ \u20ac\x0c\r\x85\u2028b")
     odd.mkdir()
-    code = "from proctree.process import cgroups; print(ascii(cgroups.find_home().path))"
+    code = (
+        "from proctree.process.cgroups import find_home, own_path; "
+        "print(ascii(find_home(own_path()).path))"
+    )
     join = f"echo $$ > '{odd}/cgroup.procs' && exec \"$0\" -c '{code}'"
     done = subprocess.run(
         ["sh", "-c", join, sys.executable], capture_output=True, text=True, check=True, timeout=100
