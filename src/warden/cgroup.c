@@ -19,6 +19,9 @@
 #define SETTLE_MS 100
 #define FREEZE_MS 200
 
+/* How far below the leaf it is looked for what is to be let go. */
+#define EVACUATE_DEPTH 64
+
 static struct failure cgroup_failure(int error, int step)
 {
     return (struct failure){.error = error, .step = step};
@@ -136,26 +139,53 @@ void cgroup_freeze(struct warden *w, bool frozen)
     }
 }
 
-/* Lets go of what is in the leaf, into the cgroup above it: where it would be without us. */
-void cgroup_evacuate(const struct warden *w)
+/* False when somebody may not be moved. */
+static bool evacuate_one(const struct warden *w, int directory)
 {
     char text[4096], number[24];
-    if (w->leaf < 0)
-        return;
-    for (int round = 0; round < 1000 && cgroup_populated(w); round++) {
-        ssize_t got = read_text(w->leaf, "cgroup.procs", text, sizeof text);
-        const char *end = got > 0 ? memrchr(text, '\n', (size_t)got) : NULL;
-        unsigned long long pid;
-        if (!end)
-            return;
-        /* What stands behind the last line end is a number cut in two: somebody else's, perhaps. */
-        for (const char *at = text; at < end && (at = parse_number(at, end, &pid)); at++) {
-            put_number(number, (long)pid);
-            const int error = write_text(w->leaf, "../cgroup.procs", number);
-            if (error && error != ESRCH)
-                return;
+    ssize_t got = read_text(directory, "cgroup.procs", text, sizeof text);
+    const char *end = got > 0 ? memrchr(text, '\n', (size_t)got) : NULL;
+    unsigned long long pid;
+    /* What stands behind the last line end is a number cut in two: somebody else's, perhaps. */
+    for (const char *at = text; end && at < end && (at = parse_number(at, end, &pid)); at++) {
+        put_number(number, (long)pid);
+        const int error = write_text(w->leaf, "../cgroup.procs", number);
+        if (error && error != ESRCH)
+            return false;
+    }
+    return true;
+}
+
+static bool evacuate_below(const struct warden *w, int directory, unsigned depth)
+{
+    struct listing listing;
+    const struct entry *entry = NULL;
+    bool done = evacuate_one(w, directory);
+
+    if (depth == EVACUATE_DEPTH || listing_open(&listing, directory, "."))
+        return done;
+    while (done && (entry = listing_next(&listing))) {
+        if (entry->type != DT_DIR || !strcmp(entry->name, ".") || !strcmp(entry->name, ".."))
+            continue;
+        int below = openat(directory, entry->name,
+                           O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (below >= 0) {
+            done = evacuate_below(w, below, depth + 1);
+            close(below);
         }
     }
+    if (!done) /* at its end it has closed itself */
+        listing_close(&listing);
+    return done;
+}
+
+/* Lets go of what is in the leaf and below it, into the cgroup above: where it would be without
+ * us. */
+void cgroup_evacuate(const struct warden *w)
+{
+    for (int round = 0; round < 1000 && cgroup_populated(w); round++)
+        if (!evacuate_below(w, w->leaf, 0))
+            return;
 }
 
 static uint64_t read_value(const struct warden *w, const char *file, const char *key)

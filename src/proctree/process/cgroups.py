@@ -304,9 +304,47 @@ def end(path: str, seconds: float) -> bool:
     return remove(path)
 
 
+def _folders(fd: int) -> list[str]:
+    with os.scandir(fd) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _remove_below(top: int) -> None:
+    """By descriptors, and with one of them open: a nest may be deeper than a path may be long.
+    What cannot be removed is somebody's home again, and stays."""
+    at = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top)
+    left: list[str] = []  # the names on the way down
+    try:
+        while True:
+            for name in _folders(at):
+                try:
+                    os.rmdir(name, dir_fd=at)
+                except OSError:
+                    left.append(name)
+                    break
+            else:
+                if not left:
+                    return
+                name = ".."
+            below = os.open(
+                name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at
+            )
+            os.close(at)
+            at = below
+            if name == "..":
+                os.rmdir(left.pop(), dir_fd=at)
+    finally:
+        os.close(at)
+
+
 def remove(path: str) -> bool:
     """Removes an empty cgroup and those below it."""
-    for folder, _folders, _files in os.walk(path, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                _remove_below(fd)
+        finally:
+            os.close(fd)
+        os.rmdir(path)
     return not os.path.isdir(path)
