@@ -51,7 +51,7 @@ def ground(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         init(self, *args, **kwargs)  # type: ignore[arg-type]
         made.append(f"{home}/proctree-{self.tree_id}")
 
-    home = Path(cgroups.find_home().path)
+    home = Path(cgroups.find_home(cgroups.own_path()).path)
     monkeypatch.setattr(WatchedSubprocess, "__init__", noting)
     yield home
     left = [path for path in made if os.path.isdir(path)]
@@ -124,7 +124,7 @@ def test_the_warden_is_not_in_it(actors: str) -> None:
 
 
 def test_auto_takes_it() -> None:
-    if not cgroups.delegated(cgroups.find_home()):
+    if not cgroups.delegated(cgroups.find_home(cgroups.own_path())):
         pytest.skip("our own cgroup is not delegated")
     handle = WatchedSubprocess.start(["true"])
     assert handle.containment == "cgroup"
