@@ -49,13 +49,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The group backend has no warden: once is enough."""
+    """The group backend has no warden: once is enough. Under valgrind a start takes half a second,
+    so that one backend has to do when nothing else was asked for."""
 
     def needless(item: pytest.Item) -> bool:
         callspec = getattr(item, "callspec", None)
         params = callspec.params if callspec is not None else {}
-        watched = params.get("warden_build", wardens.INSTALLED) != wardens.INSTALLED
-        return watched and params.get("containment") == "group"
+        build = params.get("warden_build", wardens.INSTALLED)
+        containment = params.get("containment", "warden")
+        if build == wardens.VALGRIND and not item.config.getoption("--warden"):
+            return containment != "warden"
+        return build != wardens.INSTALLED and containment == "group"
 
     items[:] = [item for item in items if not needless(item)]
 
@@ -90,6 +94,12 @@ def warden_build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return str(name)
 
 
+def fail_on_reports(item: pytest.Item) -> None:
+    build = item.stash.get(WATCHED, None)
+    if build is not None and (reports := build.take_reports()):
+        pytest.fail(f"the warden reported:\n{reports}", pytrace=False)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     """A report fails the test that caused it, whatever else came of it. Looked for behind all
@@ -97,9 +107,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     try:
         return (yield)
     finally:
-        build = item.stash.get(WATCHED, None)
-        if build is not None and (reports := build.take_reports()):
-            pytest.fail(f"the warden reported:\n{reports}", pytrace=False)
+        fail_on_reports(item)
 
 
 @pytest.fixture(scope="session")

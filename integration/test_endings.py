@@ -71,6 +71,7 @@ def test_a_stopped_one_sees_sigterm_by_sigcont(actors: str, containment: str) ->
     assert [stage.signal for stage in outcome.stages] == [signal.SIGTERM]
 
 
+@pytest.mark.wardens("valgrind")
 def test_a_daemon_with_closed_descriptors_and_no_environment(actors: str) -> None:
     """setsid, double fork, closed fds, env -i, main gone, SIGTERM ignored: all at once."""
     lines = Lines()
@@ -97,6 +98,7 @@ def test_a_daemon_is_known_to_the_group_backend_by_its_environment(actors: str) 
     assert not living()
 
 
+@pytest.mark.wardens("valgrind")
 def test_main_that_exits_first(actors: str, containment: str) -> None:
     outcome = proctree.run(
         ["sh", "-c", f"{actors} ignore & {actors} pause & exit 7"],
@@ -180,6 +182,7 @@ def test_each_process_is_signalled_once_a_stage(actors: str, containment: str) -
     assert outcome.stages[0].signal == signal.SIGTERM
 
 
+@pytest.mark.wardens("valgrind")
 def test_scopes(actors: str, containment: str) -> None:
     """main: the shell alone; group: its group; tree: everything."""
     script = f"""
@@ -283,6 +286,7 @@ def test_check_raises_with_the_outcome(containment: str) -> None:
     assert caught.value.outcome.returncode == 3
 
 
+@pytest.mark.wardens("valgrind")
 def test_freeze_and_thaw(actors: str, containment: str) -> None:
     handle, lines = start(["sh", "-c", f"setsid {actors} pause & wait"], containment)
     lines.wait_for()
@@ -362,6 +366,7 @@ def test_usage_is_the_whole_trees() -> None:
     assert outcome.usage.max_rss > 4 * 1024 * 1024
 
 
+@pytest.mark.wardens("valgrind")
 def test_a_callable(containment: str) -> None:
     def target() -> None:
         import subprocess

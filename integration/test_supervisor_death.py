@@ -120,6 +120,7 @@ def finish(supervisor) -> None:  # type: ignore[no-untyped-def]
     supervisor.wait()
 
 
+@pytest.mark.wardens("valgrind")
 def test_while_running(actors: str, lifeline: Lifeline) -> None:
     supervisor = supervise(RUNNING, actors, lifeline, "warden")
     read_lines(supervisor, 3)

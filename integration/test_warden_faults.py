@@ -272,6 +272,7 @@ os.execv(warden, ["w", "control=" + control, f"supervisor={os.getpid()}", f"adop
 """
 
 
+@pytest.mark.wardens("valgrind")
 def test_a_callable_does_not_outlive_a_supervisor_that_died_early(actors: str) -> None:
     """It runs before its warden is there: what it has started by then is ended too, daemons
     included."""
@@ -297,6 +298,7 @@ def test_a_callable_does_not_outlive_a_supervisor_that_died_early(actors: str) -
     assert [pid for pid in members if is_alive(pid)] == []
 
 
+@pytest.mark.wardens("valgrind")
 def test_list_names_every_member_with_its_state(actors: str) -> None:
     warden = RawWarden([actors, "sessions", "150"])
     warden.say(START)
@@ -327,6 +329,7 @@ def test_list_names_every_member_with_its_state(actors: str) -> None:
     assert warden.finish() == 0
 
 
+@pytest.mark.wardens("valgrind")
 def test_the_scan_for_kernels_without_children_files(actors: str) -> None:
     """CONFIG_PROC_CHILDREN may be missing: the same answers by reading all of /proc."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

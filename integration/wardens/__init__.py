@@ -28,6 +28,9 @@ NAMES = (INSTALLED, SANITIZED, VALGRIND)
 
 FLAGS = ("-std=gnu99", "-g", "-O1", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Werror")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+STATIC = ("-static-libasan", "-static-libubsan")
+"""For gcc, whose libraries are shared otherwise, and then libubsan writes to stderr whatever it is
+told: nobody reads that. With clang they are always static."""
 
 SCRIPT = """#!/bin/sh
 exec {valgrind} --quiet --vgdb=no --error-exitcode=99 --log-file={reports}/valgrind.%p {warden} "$@"
@@ -59,12 +62,17 @@ class Build:
         shutil.rmtree(self.folder)
 
 
+def compiler() -> str:
+    return next((name for name in ("gcc", "clang") if shutil.which(name)), "")
+
+
 def unavailable(name: str) -> str:
     """Why it cannot be built here, or nothing."""
     if name == INSTALLED:
         return ""
-    needed = ["cc"] if name == SANITIZED else ["cc", "valgrind"]
-    missing = [program for program in needed if shutil.which(program) is None]
+    missing = [] if compiler() else ["gcc or clang"]
+    if name == VALGRIND and shutil.which("valgrind") is None:
+        missing.append("valgrind")
     if name == VALGRIND and platform.machine() != "x86_64":
         missing.append("x86-64 processor")  # valgrind.c is written for it
     if not SOURCES.is_dir():
@@ -87,7 +95,7 @@ def build(name: str, source: Path = SOURCES) -> Build:
     try:
         if name == SANITIZED:
             extra = [HERE / "sanitizers.c", f'-DREPORTS="{made.reports}"', *SANITIZE]
-            extra.append("-Wl,--wrap=sigprocmask")
+            extra += ["-Wl,--wrap=sigprocmask", *(STATIC if compiler() == "gcc" else ())]
             _compile(source, folder / "warden", extra)
         else:
             extra = [HERE / "valgrind.c", "-Wl,--wrap=syscall"]
@@ -104,7 +112,7 @@ def build(name: str, source: Path = SOURCES) -> Build:
 
 
 def _compile(source: Path, program: Path, extra: Sequence[str | Path]) -> None:
-    command = ["cc", *FLAGS, "-I", source, *sources(source), *extra, "-o", program]
+    command = [compiler(), *FLAGS, "-I", source, *sources(source), *extra, "-o", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{os.fspath(program)} cannot be built:\n{done.stderr}")
