@@ -289,10 +289,11 @@ class GroupContained(Contained):
         if stage.scope is Scope.MAIN:
             return self._send_main(stage, resume=resume)
         members = self._find()
+        main = self._main_stat()
         group_done = self._signal_group(stage.signal)
         count, denied = int(group_done and not self._main_exited), 0
-        if group_done and resume and not self._main_exited:
-            self._resume(self._main_pidfd, self.pid)
+        if group_done and resume:
+            _resume(self._main_pidfd, main)
         for pidfd, stat in members:
             in_group = stat.pgrp == self.pid
             if stage.scope is Scope.GROUP and not in_group:
@@ -301,7 +302,7 @@ class GroupContained(Contained):
                 signal.pidfd_send_signal(pidfd, 0 if in_group and group_done else stage.signal)
                 count += 1
                 if resume:
-                    self._resume(pidfd, stat.pid)
+                    _resume(pidfd, stat)
             except ProcessLookupError:
                 pass
             except OSError as error:
@@ -313,6 +314,7 @@ class GroupContained(Contained):
     def _send_main(self, stage: Stage, *, resume: bool) -> tuple[int, int]:
         if self._main_exited or self._main_pidfd < 0:
             return 0, 0
+        main = self._main_stat()
         try:
             signal.pidfd_send_signal(self._main_pidfd, stage.signal)
         except ProcessLookupError:
@@ -320,14 +322,12 @@ class GroupContained(Contained):
         except OSError:
             return 0, 1
         if resume:
-            self._resume(self._main_pidfd, self.pid)
+            _resume(self._main_pidfd, main)
         return 1, 0
 
-    def _resume(self, pidfd: int, pid: int | None) -> None:
-        stat = proof.read_stat(pid) if pid is not None else None
-        if stat is not None and stat.state in "Tt":
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+    def _main_stat(self) -> Stat | None:
+        """As long as it has not ended."""
+        return None if self._main_exited or self.pid is None else proof.read_stat(self.pid)
 
     def set_frozen(self, frozen: bool) -> None:
         self._send(Stage(signal.SIGSTOP if frozen else signal.SIGCONT), resume=False)
@@ -371,6 +371,13 @@ class GroupContained(Contained):
                 self._reap()
             else:
                 self._loop.register(self._main_pidfd, READ, lambda _mask: self._reap())
+
+
+def _resume(pidfd: int, before: Stat | None) -> None:
+    """One that was stopped before it was signalled; what it has done since is its answer."""
+    if before is not None and before.state in "Tt":
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(pidfd, signal.SIGCONT)
 
 
 def _signal_error(pidfd: int) -> int:
