@@ -36,9 +36,10 @@ from proctree.loop import READ, Loop
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import child, fds, prctl, proof
 from proctree.process.proof import Stat
-from proctree.process.sweep import Search, find, to_member
+from proctree.process.sweep import Search, find, sweep, to_member
 from proctree.protocol import STEPS
 from proctree.records import Usage
+from proctree.worker import Worker
 
 # ioctl_pidfd(2): the exit status of a process that somebody else has reaped, since Linux 6.15.
 PIDFD_GET_INFO = 0xC0000000 | (64 << 16) | (0xFF << 8) | 11
@@ -347,7 +348,15 @@ class GroupContained(Contained):
         self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=result))
 
     def sweep(self) -> None:
-        self.survey()
+        """SIGKILL to whatever can be found: to a main process also that has not executed its
+        program yet, and for which every stage has waited."""
+        search = self._search()._replace(root=None, root_pidfd=-1)
+
+        def work() -> None:
+            _ended, survivors = sweep(search)
+            self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=survivors))
+
+        Worker().post(work)
 
     def release(self) -> None:
         self.close()
