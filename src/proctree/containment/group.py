@@ -16,6 +16,7 @@ import fcntl
 import os
 import signal
 import struct
+from collections.abc import Callable
 from functools import partial
 
 from proctree import events, registry
@@ -32,14 +33,19 @@ from proctree.containment.base import (
 )
 from proctree.errors import errno_name, start_error
 from proctree.lifecycle import Event
-from proctree.loop import READ, Loop
+from proctree.loop import READ, Loop, Timer
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import child, fds, prctl, proof
 from proctree.process.proof import Stat
-from proctree.process.sweep import Search, find, sweep, to_member
+from proctree.process.sweep import Search, find, held_by_tracer, sweep, to_member
 from proctree.protocol import STEPS
 from proctree.records import Usage
 from proctree.worker import Worker
+
+TRACER_PAUSE_FIRST = 0.05
+TRACER_PAUSE_LAST = 2.0
+"""Seconds until a zombie that is held by its tracer (ptrace(2)) is looked at again, ever less
+often: its pidfd says that it has ended, and nothing says that it can be reaped."""
 
 # ioctl_pidfd(2): the exit status of a process that somebody else has reaped, since Linux 6.15.
 PIDFD_GET_INFO = 0xC0000000 | (64 << 16) | (0xFF << 8) | 11
@@ -76,6 +82,9 @@ class GroupContained(Contained):
         self._empty = False
         self._closed = False
         self._watched: dict[int, tuple[int, Stat]] = {}
+        self._traced: list[Stat] = []
+        self._tracer_pause = TRACER_PAUSE_FIRST
+        self._tracer_timer: Timer | None = None
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -167,8 +176,7 @@ class GroupContained(Contained):
         error = start_error(number, name, self._command.program, cwd)
 
         def ended(_mask: int) -> None:
-            self._loop.unregister(self._main_pidfd)
-            self._reap()
+            self._reap_late()
             self._owner.could_not_start(error, f"{name}: {errno_name(number)}")
 
         self._loop.register(self._main_pidfd, READ, ended)
@@ -176,7 +184,11 @@ class GroupContained(Contained):
     # -- what happens
 
     def _peek(self) -> int | None:
-        """The wait status of the main process, which stays a zombie and so keeps its number."""
+        """The wait status of the main process, which stays a zombie and so keeps its number.
+
+        Raises:
+            BlockingIOError: its tracer has not let go of it yet.
+        """
         try:
             info = os.waitid(os.P_PIDFD, self._main_pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         except ChildProcessError:
@@ -187,15 +199,19 @@ class GroupContained(Contained):
                 events.warning("status.stolen", tree_id=self.tree_id, pid=self.pid)
             return status
         if info is None:
-            return None
+            raise BlockingIOError
         if info.si_code == os.CLD_EXITED:
             return info.si_status << 8
         return info.si_status | (0x80 if info.si_code == os.CLD_DUMPED else 0)
 
-    def _main_ended(self, _mask: int) -> None:
+    def _main_ended(self, _mask: int = READ) -> None:
         self._loop.unregister(self._main_pidfd)
+        try:
+            status = self._peek()
+        except BlockingIOError:
+            self._look_again(self._main_ended)
+            return
         self._main_exited = True
-        status = self._peek()
         members = self._find()
         leftovers = tuple(to_member(stat, 0) for _, stat in members[:MEMBERS_REPORTED])
         self._watch(members)
@@ -223,6 +239,9 @@ class GroupContained(Contained):
             self._loop.register(pidfd, READ, partial(self._member_ended, pidfd))
 
     def _member_ended(self, pidfd: int, _mask: int) -> None:
+        _, stat = self._watched[pidfd]
+        if held_by_tracer(stat) is not None:
+            self._traced.append(stat)
         self._forget(pidfd)
         self._look_for_empty()
 
@@ -240,21 +259,44 @@ class GroupContained(Contained):
         if members:
             self._watch(members)
             return
+        self._traced = [stat for stat in self._traced if held_by_tracer(stat) is not None]
+        if self._traced or not self._reap():
+            self._look_again(self._look_for_empty)
+            return
         self._empty = True
-        self._reap()
         self._owner.happened(Event.EMPTY)
 
-    def _reap(self) -> None:
+    def _look_again(self, look: Callable[[], None]) -> None:
+        """After a while: for zombies that only their tracers can take away."""
+        if self._tracer_timer is not None:
+            self._tracer_timer.cancel()
+        self._tracer_timer = self._loop.call_later(self._tracer_pause, look)
+        self._tracer_pause = min(2 * self._tracer_pause, TRACER_PAUSE_LAST)
+
+    def _reap(self) -> bool:
+        """Reaps the main process, which has ended; False as long as a tracer holds it."""
         if self._main_pidfd < 0 or self.pid is None:
-            return
+            return True
         if not self._reaped:
-            with contextlib.suppress(ChildProcessError):
-                _, _, usage = os.wait4(self.pid, 0)
+            try:
+                reaped, _, usage = os.wait4(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                pass  # SIGCHLD is ignored here, or another waitpid(-1) took it.
+            else:
+                if not reaped:
+                    return False
                 self.usage = Usage(usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024)
             self._reaped = True
         self._loop.unregister(self._main_pidfd)
         fds.close(self._main_pidfd)
         self._main_pidfd = -1
+        return True
+
+    def _reap_late(self) -> None:
+        """Reaps it when that can be done, whatever has become of the tree meanwhile."""
+        self._loop.unregister(self._main_pidfd)
+        if not self._reap():
+            self._look_again(self._reap_late)
 
     # -- what is done
 
@@ -338,6 +380,7 @@ class GroupContained(Contained):
         survivors = [
             to_member(stat, _signal_error(pidfd)) for pidfd, stat in members[:MEMBERS_REPORTED]
         ]
+        survivors += filter(None, map(held_by_tracer, self._traced))
         if not self._main_exited and self.pid is not None:
             main = proof.read_stat(self.pid)
             if main is not None:
@@ -368,6 +411,8 @@ class GroupContained(Contained):
         self._closed = True
         self._unregister()
         self._owner = NOBODY
+        if self._tracer_timer is not None:
+            self._tracer_timer.cancel()
         for pidfd in list(self._watched):
             self._forget(pidfd)
         if self._report >= 0:
@@ -377,9 +422,9 @@ class GroupContained(Contained):
         if self._main_pidfd >= 0:
             self._loop.unregister(self._main_pidfd)
             if self._main_exited:
-                self._reap()
+                self._reap_late()
             else:
-                self._loop.register(self._main_pidfd, READ, lambda _mask: self._reap())
+                self._loop.register(self._main_pidfd, READ, lambda _mask: self._reap_late())
 
 
 def _resume(pidfd: int, before: Stat | None) -> None:

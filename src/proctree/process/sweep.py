@@ -193,6 +193,15 @@ def sweep(search: Search) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
                     os.close(pidfd)
 
 
+def held_by_tracer(seen: Stat | Member) -> Member | None:
+    """What has ended and can be reaped by nobody but its tracer (ptrace(2)), as it is now."""
+    stat = proof.read_stat(seen.pid)
+    if stat is None or stat.start_time != seen.start_time or not stat.dead:
+        return None
+    now = to_member(stat, 0)
+    return now if now.tracer else None
+
+
 def _kill(pidfd: int, stat: Stat, errors: dict[int, int]) -> None:
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
