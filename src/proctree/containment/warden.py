@@ -41,6 +41,9 @@ WARDEN_VARIABLE = "PROCTREE_WARDEN"
 """Environment variable: another warden binary, for packagers and for sanitizer builds."""
 
 
+TRACER_PAUSE = 1.0
+"""Seconds until a warden that has ended and is held by a tracer is looked at again."""
+
 _DEFAULT_PATH = os.path.join(os.path.dirname(os.path.dirname(__file__)), "proctree-warden")
 _found: set[tuple[int, str]] = set()
 """(our pid, path) for which a warden was found usable: looked up once, and anew after a fork."""
@@ -328,8 +331,9 @@ class WardenContained(Contained):
             self._lose("the warden ended before its tree did")
         if self._then is None:
             self._loop.unregister(self._pidfd)
-        elif self._reap():
+        else:
             then, self._then = self._then, None
+            self._reap_late()
             then()
 
     def _take(self, message: Message) -> None:
@@ -455,6 +459,13 @@ class WardenContained(Contained):
             self._pidfd = -1
         return True
 
+    def _reap_late(self) -> None:
+        """It has ended. If it cannot be reaped, then somebody traces it, and nothing will tell when
+        he lets go of it (ptrace(2))."""
+        if not self._reap():
+            self._loop.unregister(self._pidfd)
+            self._loop.call_later(TRACER_PAUSE, self._reap_late)
+
     def _kill_warden(self) -> None:
         if self._pidfd >= 0:
             with contextlib.suppress(OSError):
@@ -543,10 +554,7 @@ class WardenContained(Contained):
         # The warden may still be busy: with survivors, or with exiting. It is reaped when it ends.
         if not self._reap():
             self._loop.unregister(self._pidfd)
-            self._loop.register(self._pidfd, READ, self._ended_late)
-
-    def _ended_late(self, _mask: int) -> None:
-        self._reap()
+            self._loop.register(self._pidfd, READ, lambda _mask: self._reap_late())
 
 
 def _report_failure(control: int, report: bytes) -> None:
