@@ -317,21 +317,15 @@ def _search(entry: Entry) -> Search:
     )
 
 
-def _stats(pids: list[int]) -> list[Member]:
-    stats = [proof.read_stat(pid) for pid in pids]
-    return [_sweep.to_member(stat, 0) for stat in stats if stat is not None and not stat.dead]
-
-
 def _end(entry: Entry) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
     """What was ended, and what survived."""
     ended: dict[tuple[int, int], Member] = {}
     survivors: list[Member] = []
     leaf = cgroups.LEAF_PREFIX + entry.tree_id
     if entry.cgroup is not None and os.path.basename(entry.cgroup) == leaf:
-        inside = _stats(cgroups.pids_in(entry.cgroup))
-        if not cgroups.end(entry.cgroup, CGROUP_SECONDS):
-            survivors = _stats(cgroups.pids_in(entry.cgroup))
-        ended = {(m.pid, m.start_time): m for m in inside}
+        killed, left = _sweep.end_cgroup(entry.cgroup, CGROUP_SECONDS)
+        ended = {(member.pid, member.start_time): member for member in killed}
+        survivors = list(left)
     killed, left = _sweep.sweep(_search(entry))
     ended.update(((m.pid, m.start_time), m) for m in killed)
     survivors += [m for m in left if all(m.pid != other.pid for other in survivors)]

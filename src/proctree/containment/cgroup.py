@@ -16,8 +16,11 @@ from proctree.containment.warden import WardenContained
 from proctree.errors import ContainmentUnavailable
 from proctree.process import cgroups
 from proctree.process.cgroups import Home
+from proctree.process.sweep import end_cgroup
+from proctree.records import Member
 
-END_SECONDS = 5.0
+END_SECONDS = 2.0
+"""What is left of a sweep's time (`lifecycle.SWEEP_TIMEOUT`) goes to what bears only marks."""
 
 _homes: dict[str | None, Home] = {}
 """Our own cgroup as the kernel calls it -> where it is; one entry, since a manager may move us."""
@@ -87,6 +90,7 @@ class CgroupContained(WardenContained):
         with contextlib.suppress(OSError):
             os.rmdir(self._leaf)
 
-    def _end_at_once(self) -> None:
+    def _end_at_once(self) -> tuple[Member, ...]:
         """Exactly what was in the tree, whatever marks it has lost."""
-        cgroups.end(self._leaf, END_SECONDS)
+        _ended, survivors = end_cgroup(self._leaf, END_SECONDS)
+        return survivors

@@ -523,8 +523,10 @@ class WardenContained(Contained):
         )
 
         def work() -> None:
-            self._end_at_once()
-            _ended, survivors = sweep(search)
+            inside = self._end_at_once()
+            _ended, marked = sweep(search)
+            found = {(member.pid, member.start_time): member for member in (*inside, *marked)}
+            survivors = tuple(found.values())
             self._kill_warden()
             if self._entry is not None and not survivors:
                 registry.forget(self._entry)
@@ -535,8 +537,10 @@ class WardenContained(Contained):
 
         Worker().post(work)
 
-    def _end_at_once(self) -> None:
-        """On a worker's thread, and without a warden: what the kernel can end as a whole."""
+    def _end_at_once(self) -> tuple[Member, ...]:
+        """On a worker's thread, and without a warden: ends what the kernel can end as a whole, and
+        answers what is still there."""
+        return ()
 
     def foreground(self) -> None:
         stage = Stage(signal.SIGCONT, 0.0, Scope.GROUP)

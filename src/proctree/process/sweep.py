@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from proctree.command import TREE_VARIABLE
-from proctree.process import proof
+from proctree.process import cgroups, proof
 from proctree.process.proof import Stat
 from proctree.records import Member
 
@@ -180,6 +180,7 @@ def sweep(search: Search) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
         try:
             if not found or time.monotonic() >= deadline:
                 left = [to_member(stat, errors.get(stat.pid, 0)) for _, stat in found]
+                left += filter(None, map(held_by_tracer, ended.values()))
                 for member in left:
                     ended.pop((member.pid, member.start_time), None)
                 return tuple(ended.values()), tuple(left)
@@ -229,3 +230,19 @@ def to_member(stat: Stat, error: int) -> Member:
     """`error`: errno when it could not be signalled, else 0."""
     tracer = proof.read_tracer(stat.pid) if stat.state in "tZX" else 0
     return Member(stat.pid, stat.ppid, stat.start_time, stat.state, stat.name, error, tracer)
+
+
+def _members(pids: list[int]) -> tuple[Member, ...]:
+    stats = [proof.read_stat(pid) for pid in pids]
+    return tuple(to_member(stat, 0) for stat in stats if stat is not None and not stat.dead)
+
+
+def end_cgroup(path: str, seconds: float) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
+    """Ends all that is in a cgroup, and the cgroup. Returns what was ended, and what is still there
+    after so many seconds."""
+    inside = _members(cgroups.pids_in(path))
+    gone = cgroups.end(path, seconds)
+    left = [] if gone else list(_members(cgroups.pids_in(path)))
+    left += filter(None, map(held_by_tracer, inside))
+    still = {(member.pid, member.start_time) for member in left}
+    return tuple(m for m in inside if (m.pid, m.start_time) not in still), tuple(left)
