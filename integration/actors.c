@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -194,6 +196,117 @@ static void ignore(void)
         pause();
 }
 
+/* Says so when it gets SIGTERM, and goes on. */
+static void on_term_say(int signo)
+{
+    (void)signo;
+    say("term\n");
+}
+static void deaf(void)
+{
+    signal(SIGTERM, on_term_say);
+    say("ready\n");
+    for (;;)
+        pause();
+}
+
+/* Takes SIGTERM for a reason to stop. */
+static void on_term_stop(int signo)
+{
+    (void)signo;
+    raise(SIGSTOP);
+}
+static void stops_on_term(void)
+{
+    signal(SIGTERM, on_term_stop);
+    say("ready\n");
+    for (;;)
+        pause();
+}
+
+/* Exits by itself, with status 7: by SIGTERM or at the end of its standard input. */
+static void on_term_exit(int signo)
+{
+    (void)signo;
+    _exit(7);
+}
+static void exits(void)
+{
+    char byte;
+    signal(SIGTERM, on_term_exit);
+    say("ready\n");
+    while (read(0, &byte, 1) > 0)
+        continue;
+    _exit(7);
+}
+
+static void become(char **argv)
+{
+    execvp(argv[0], argv);
+    _exit(127);
+}
+
+/* Starts a command in the moment in which it gets SIGTERM, which it survives. */
+static void when_term(char **argv)
+{
+    sigset_t term, before;
+    int signo;
+    sigemptyset(&term);
+    sigaddset(&term, SIGTERM);
+    sigprocmask(SIG_BLOCK, &term, &before);
+    say("ready\n");
+    sigwait(&term, &signo);
+    if (fork() == 0) {
+        sigprocmask(SIG_SETMASK, &before, NULL);
+        become(argv);
+    }
+    for (;;)
+        pause();
+}
+
+/* Has a child that becomes a command in the moment in which it loses its parent.  The signal of
+ * PR_SET_PDEATHSIG comes when it has its new parent; the end of a pipe would come before. */
+static void when_orphaned(char **argv)
+{
+    sigset_t orphaned, before;
+    int signo;
+    sigemptyset(&orphaned);
+    sigaddset(&orphaned, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &orphaned, &before);
+    if (fork() == 0) {
+        signal(SIGTERM, SIG_IGN);
+        prctl(PR_SET_PDEATHSIG, SIGUSR1);
+        say("ready\n");
+        sigwait(&orphaned, &signo);
+        sigprocmask(SIG_SETMASK, &before, NULL);
+        become(argv);
+    }
+    for (;;)
+        pause();
+}
+
+/* Traces a process and never asks how it is: when that dies it stays a zombie, which nobody else can
+ * reap, for as long as we live. */
+static int trace(pid_t pid)
+{
+    if (ptrace(PTRACE_SEIZE, pid, 0, 0) < 0)
+        return 1;
+    say("tracing\n");
+    for (;;)
+        pause();
+}
+
+/* Becomes root for good if its file lets it, and says who it is. */
+static void set_uid(void)
+{
+    if (setuid(geteuid()) < 0)
+        _exit(8);
+    say(getuid() == 0 ? "root\n" : "nobody\n");
+    signal(SIGTERM, SIG_IGN);
+    for (;;)
+        pause();
+}
+
 /* Short-lived children, without end: pids come and go. */
 static void churn(void)
 {
@@ -258,6 +371,20 @@ int main(int argc, char **argv)
         stopped();
     else if (!strcmp(mode, "ignore"))
         ignore();
+    else if (!strcmp(mode, "deaf"))
+        deaf();
+    else if (!strcmp(mode, "stops-on-term"))
+        stops_on_term();
+    else if (!strcmp(mode, "exits"))
+        exits();
+    else if (!strcmp(mode, "when-term") && argc > 2)
+        when_term(argv + 2);
+    else if (!strcmp(mode, "when-orphaned") && argc > 2)
+        when_orphaned(argv + 2);
+    else if (!strcmp(mode, "trace"))
+        return trace(number);
+    else if (!strcmp(mode, "set-uid"))
+        set_uid();
     else if (!strcmp(mode, "churn"))
         churn();
     else if (!strcmp(mode, "witness"))

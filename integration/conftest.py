@@ -138,6 +138,20 @@ def containment(request: pytest.FixtureRequest) -> str:
     return available(str(request.param))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What became of the processes of which nothing is promised: see test_fault_matrix.py."""
+    seen = [
+        f"{report.nodeid}: {what}"
+        for report in terminalreporter.stats.get("passed", [])
+        for key, what in report.user_properties
+        if key == "seen"
+    ]
+    if seen:
+        terminalreporter.section("seen where less is promised")
+        for line in seen:
+            terminalreporter.line(line)
+
+
 class Lines:
     """A line callback, and somebody who waits for lines."""
 
