@@ -246,3 +246,5 @@ signal.pause()
     finish(supervisor)
     assert lifeline.cut()
     eventually(lambda: not living(), "everything is gone, both wardens too")
+    # The outer warden kills the inner one, which cannot clear away its entry then.
+    assert proctree.sweep() == []
