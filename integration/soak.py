@@ -42,11 +42,10 @@ from typing import NamedTuple
 import psutil
 
 import proctree
-from integration.conftest import eventually
 from integration.puppets import Puppets, build, signal_warden
-from integration.wards import ENDS_ALL, SHORT, Options, Told, Ward
+from integration.wards import ENDS_ALL, SHORT, Options, Told, Ward, until_none
 from proctree import KillPolicy, Outcome, Reason, Stage, containment, loop, tree, worker
-from proctree.process import fds, prctl, proof
+from proctree.process import cgroups, fds, prctl, proof
 
 BUSY = 2
 """How many puppets use up the processors."""
@@ -68,6 +67,8 @@ GROWTH_BLOCKS = 3000
 the end than after the warm-up. One object that stays for each tree would be thousands."""
 
 VIOLATIONS_MAX = 10
+
+DAY, WEEK = 86400.0, 7 * 86400.0
 
 
 class Plan(NamedTuple):
@@ -149,8 +150,8 @@ class Life:
             "script": script,
             "leftovers": "kill",
             "policy": self.random.choice(POLICIES),
-            # An hour: its timer is in the loop's table, and has to be out of it with the tree.
-            "timeout": self.random.choice([None, 3600.0]),
+            # Its timer is in the loop's table, and has to be out of it with the tree.
+            "timeout": self.random.choice([None, WEEK]),
             "reader": self.random.choice(READERS),
         }
         chosen = Options(**{**defaults, **options})  # type: ignore[arg-type]
@@ -200,8 +201,8 @@ class Life:
         return self._finish(ward)
 
     def lets_leftovers_go(self) -> Outcome:
-        leave = "wait" if self.plan.containment == "pidns" else "leave"
-        ward = self._make("cgq" if leave == "leave" else "q", leftovers=leave, reader="nobody")
+        refused = self.plan.containment == "pidns"
+        ward = self._make("q" if refused else "cgq", leftovers="leave", reader="nobody")
         ward.launch()
         return self._finish(ward)
 
@@ -334,6 +335,29 @@ KINDS: dict[str, tuple[float, Callable[[Life], Outcome]]] = {
 # -- the inner process
 
 
+class Place(NamedTuple):
+    """Where trees have something in the file system."""
+
+    registry: Path
+    cgroup: Path | None
+
+    def kept(self) -> list[str]:
+        leaves = (
+            [] if self.cgroup is None else [p.name for p in self.cgroup.iterdir() if p.is_dir()]
+        )
+        return leaves + (os.listdir(self.registry) if self.registry.exists() else [])
+
+
+class Tables(NamedTuple):
+    """What must be the same whenever no tree runs."""
+
+    processes: frozenset[str] = frozenset()
+    cgroups_and_entries: frozenset[str] = frozenset()
+    alive_trees: frozenset[object] = frozenset()
+    owned_descriptors: frozenset[int] = frozenset()
+    handlers: frozenset[int] = frozenset()
+
+
 class Sizes(NamedTuple):
     """What must not grow."""
 
@@ -346,37 +370,69 @@ class Sizes(NamedTuple):
 class Soak:
     """The supervising process."""
 
-    def __init__(self, plan: Plan, program: str, folder: Path, allowed: set[int]) -> None:
+    def __init__(self, plan: Plan, program: str, folder: Path, place: Place) -> None:
         self.plan = plan
         self.program = program
         self.folder = folder
-        self.allowed = allowed
+        self.place = place
         self.violations: list[str] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.told = Told()
-        self.owned = self.handled = 0
+        self.before = Tables()
         self._numbers: Iterator[int] = iter(())
         self._taking = threading.Lock()
         self._libc = ctypes.CDLL(None)
 
     def run(self) -> int:
         began = time.monotonic()
-        loop.get()
-        self.owned, self.handled = len(fds._owned), len(loop.get()._handlers)
-        after = range(self.plan.first, self.plan.first + self.plan.trees)
-        warm_up = max(self.plan.trees // 10, min(self.plan.trees, 2 * self.plan.threads))
-        rounds = [after[:warm_up], *_pieces(after[warm_up:], 10)]
         sizes: list[Sizes] = []
-        for numbers in rounds:
-            self._live_through(numbers)
-            clean = not self.violations
-            sizes.append(self._pause())
-            if len(self.violations) >= VIOLATIONS_MAX or (clean and self.violations):
-                break  # what is left now would be left in every pause to come
+        loop.get()  # its descriptors belong to the process
+        with self._bystander() as bystander:
+            for numbers in self._rounds():
+                self._live_through(numbers)
+                clean = not self.violations
+                sizes.append(self._pause())
+                self._look_at(bystander)
+                if len(self.violations) >= VIOLATIONS_MAX or (clean and self.violations):
+                    break  # what is left now would be left in every pause to come
+        self._pause()
         if not self.violations:
             self._compare(sizes)
         self._print(sizes, time.monotonic() - began)
         return 1 if self.violations else 0
+
+    def _rounds(self) -> list[range]:
+        numbers = range(self.plan.first, self.plan.first + self.plan.trees)
+        warm_up = max(self.plan.trees // 10, min(self.plan.trees, 2 * self.plan.threads))
+        return [numbers[:warm_up], *_pieces(numbers[warm_up:], 10)]
+
+    @contextlib.contextmanager
+    def _bystander(self) -> Iterator[Ward]:
+        """A tree that lives through all of it, and that nobody signals. Its time limit comes before
+        those of the others: what they leave in the table of timers would stay behind it."""
+        options = Options("program", "tcg", "kill", GENTLE, DAY, "capture")
+        ward = Ward(options, self.plan.containment, self.program, self.folder)
+        empty = self.before = self._tables()
+        try:
+            ward.launch()
+            self.told.forget()
+            self.before = self._tables()
+            yield ward
+            ward.kill([None])
+            ward.settle()
+        finally:
+            self.before = empty
+            ward.handle.kill(KillPolicy.now())
+            ward.handle.wait()
+            self.told.forget()
+            ward.close()
+
+    def _look_at(self, bystander: Ward) -> None:
+        try:
+            bystander.look()
+            bystander.tell("")
+        except AssertionError as error:
+            self._violated("the bystander", error)
 
     # Living.
 
@@ -411,23 +467,35 @@ class Soak:
 
     # Looking around, while no thread has a tree.
 
+    def _tables(self) -> Tables:
+        return Tables(
+            frozenset(self._processes()),
+            frozenset(self.place.kept()),
+            frozenset(tree._alive),
+            frozenset(fds._owned),
+            frozenset(loop.get()._handlers),
+        )
+
+    def _surplus(self) -> list[str]:
+        """What there is more or less than before the first tree."""
+        now = self._tables()
+        pairs = zip(Tables._fields, now, self.before, strict=True)
+        return [f"{name}: {a ^ b}" for name, a, b in pairs if a != b]
+
     def _pause(self) -> Sizes:
         checks: list[tuple[Callable[[], object], str]] = [
-            (self._strangers, "processes"),
-            (lambda: set(tree._alive), "trees in proctree.tree._alive"),
-            (lambda: len(fds._owned) - self.owned, "descriptors in proctree.process.fds._owned"),
-            (lambda: len(loop.get()._handlers) - self.handled, "handlers in the loop"),
+            (self._surplus, "a difference"),
             (lambda: len(loop.get()._inbox), "jobs in the loop's inbox"),
+            (lambda: len(worker._threads._jobs), "jobs for callback threads"),
             (lambda: [*self.told.started, *self.told.ended], "events of trees"),
             (lambda: self.told.defects, "defects that were logged"),
-            (lambda: len(worker._threads._jobs), "jobs for callback threads"),
             (self._surplus_threads, "threads"),
         ]
         for left, what in checks:
             try:
-                eventually(lambda left=left: not left(), "")
-            except AssertionError:
-                self._violated(f"left while nothing runs: {what}: {left()}")
+                until_none(left, what)
+            except AssertionError as error:
+                self._violated(f"while nothing runs: {error}")
         self.told.forget()
         # A timer that was cancelled may stay in the heap for a while, but not for each tree.
         timers = len(loop.get()._timers)
@@ -439,14 +507,14 @@ class Soak:
         descriptors = len(os.listdir("/proc/self/fd"))
         return Sizes(memory, sys.getallocatedblocks(), descriptors, threading.active_count())
 
-    def _strangers(self) -> list[str]:
-        """Everything below the outer process, living or dead, but this process and what is to be
-        there."""
+    def _processes(self) -> list[str]:
+        """Everything below the outer process, living or dead."""
         found = []
         for process in psutil.Process(os.getppid()).children(recursive=True):
             stat = proof.read_stat(process.pid)
-            if stat is not None and stat.pid not in self.allowed and stat.pid != os.getpid():
-                found.append(f"{stat.pid} {stat.name} {stat.state} (parent {stat.ppid})")
+            if stat is not None:
+                dead = " (dead)" if stat.dead else ""
+                found.append(f"{stat.pid} {stat.name}{dead} below {stat.ppid}")
         return found
 
     def _surplus_threads(self) -> list[str]:
@@ -519,6 +587,30 @@ def _scratch() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def _own_place(folder: Path) -> Iterator[Place]:
+    """A registry, and where one can be made a cgroup, that are nobody else's."""
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    registry = folder / "proctree"
+    try:
+        home = cgroups.find_home(cgroups.own_path()).path
+        cgroup = f"{home.rstrip('/')}/proctree-soak-{os.getpid()}"
+        os.mkdir(cgroup)
+    except (proctree.ContainmentUnavailable, OSError):
+        yield Place(registry, None)
+        return
+    try:
+        _move_to(cgroup)
+        yield Place(registry, Path(cgroup))
+    finally:
+        _move_to(home)
+        cgroups.end(cgroup, 10.0)
+
+
+def _move_to(cgroup: str) -> None:
+    Path(cgroup, "cgroup.procs").write_text("0")
+
+
+@contextlib.contextmanager
 def _busy_machine(program: str, folder: Path) -> Iterator[set[int]]:
     """The pids of what makes it so."""
     puppets = Puppets(program, folder)
@@ -532,12 +624,12 @@ def _busy_machine(program: str, folder: Path) -> Iterator[set[int]]:
             os.waitpid(pid, 0)
 
 
-def _inner(plan: Plan, program: str, folder: Path, allowed: set[int]) -> int:
+def _inner(plan: Plan, program: str, folder: Path, place: Place) -> None:
     status = 1
     try:
         faulthandler.register(signal.SIGUSR1)  # where everybody is, for when it hangs
         prctl.load().set_pdeathsig(signal.SIGKILL)  # and then every warden ends its tree
-        status = Soak(plan, program, folder, allowed).run()
+        status = Soak(plan, program, folder, place).run()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -568,10 +660,10 @@ def soak(plan: Plan) -> int:
     prctl.load().set_child_subreaper(True)
     with _scratch() as folder:
         program = build(folder)
-        with _busy_machine(program, folder) as busy:
+        with _own_place(folder) as place, _busy_machine(program, folder) as busy:
             child = os.fork()
             if child == 0:
-                _inner(plan, program, folder, busy)
+                _inner(plan, program, folder, place)
             try:
                 status = _reap_until(child, busy)
             except BaseException:

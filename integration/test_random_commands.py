@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +33,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import proctree
-from integration.conftest import eventually
 from integration.puppets import LIFELINE_FD, build, signal_warden
-from integration.wards import ENDS_ALL, SHORT, Options, Told, Ward, standing_loop, together
+from integration.wards import (
+    ENDS_ALL,
+    SHORT,
+    Options,
+    Told,
+    Ward,
+    standing_loop,
+    together,
+    until_none,
+)
 from proctree import KillPolicy, Stage, containment, tree
 from proctree.process import fds, proof
 
@@ -103,6 +112,36 @@ def lifeline_of(pid: int) -> str:
     return f"no puppet: {proof.read_stat(pid)}"
 
 
+class Orphans:
+    """Reaps them, all the time. They come to the suite since it is a subreaper; elsewhere they come
+    to pid 1, which does this. A PID namespace cannot end before."""
+
+    def __init__(self, before: set[tuple[int, int]]) -> None:
+        self._before = before
+        self._wards: list[Ward] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def but_for(self, ward: Ward) -> None:
+        """What proctree has started for it is proctree's to reap."""
+        self._wards.append(ward)
+
+    def _run(self) -> None:
+        # Nothing but waiting for every child tells of them, and that would tell of the others too.
+        while not self._stop.wait(0.005):
+            with fds.making():  # nobody is being started
+                ours = {ward.started_pid for ward in self._wards}
+                for stat in new_since(self._before, dead=True):
+                    if stat.ppid == os.getpid() and stat.pid not in ours:
+                        with contextlib.suppress(ChildProcessError):
+                            os.waitpid(stat.pid, os.WNOHANG)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
 # -- the commands
 
 
@@ -117,6 +156,7 @@ class World:
         self.wards: list[Ward] = []
         self.closed: list[Ward] = []
         self.before = descendants()
+        self.orphans = Orphans(self.before)
         self.owned = len(fds._owned)
 
     def do(self, command: Command) -> None:
@@ -128,11 +168,16 @@ class World:
             ward.look()
         assert not self.told.defects
 
+    def _add(self, options: Options) -> Ward:
+        ward = Ward(options, self.name, self.program, self.folder)
+        self.wards.append(ward)
+        self.orphans.but_for(ward)
+        return ward
+
     def make(self, _other: Ward | None, options: Options) -> None:
         if len(self.wards) >= AT_ONCE:
             return
-        ward = Ward(options, self.name, self.program, self.folder)
-        self.wards.append(ward)
+        ward = self._add(options)
         with pytest.raises(RuntimeError, match="not launched"):
             ward.handle.wait()
         with pytest.raises(RuntimeError, match="not launched"):
@@ -141,9 +186,7 @@ class World:
 
     def start(self, _other: Ward | None, options: Options) -> None:
         if len(self.wards) < AT_ONCE:
-            ward = Ward(options, self.name, self.program, self.folder)
-            self.wards.append(ward)
-            ward.launch()
+            self._add(options).launch()
 
     def launch(self, ward: Ward) -> None:
         if ward.launched or ward.kills:
@@ -250,34 +293,28 @@ class World:
         for ward in wards:
             self.told.check_once(ward.handle.tree_id)
         left = {ward.puppets.path for ward in wards if ward.was_let_go}
-        started = {ward.holder for ward in wards}
 
         def strangers() -> list[str]:
             pids = (stat.pid for stat in new_since(self.before, dead=False))
             return [line for line in map(lifeline_of, pids) if line not in left]
 
-        def zombies() -> set[object]:
-            dead = new_since(self.before, dead=True)
-            return started & {(stat.pid, stat.start_time) for stat in dead}
-
         # A warden that lets its tree go has its own end before it.
-        eventually(lambda: not strangers(), "nothing lives but what was to be left")
-        eventually(lambda: not zombies(), "whatever this process has started is reaped")
-        eventually(lambda: not tree._alive, "every tree is closed")
-        eventually(lambda: len(fds._owned) == self.owned, "every descriptor is closed")
+        until_none(strangers, "processes that live and were not to be left")
+        until_none(lambda: new_since(self.before, dead=True), "processes that are not reaped")
+        until_none(lambda: tree._alive, "trees that are not closed")
+        until_none(lambda: len(fds._owned) - self.owned, "descriptors that are not closed")
 
     def close(self) -> None:
         for ward in (*self.wards, *self.closed):
             with contextlib.suppress(Exception):
                 ward.handle.kill(SHORT)
             ward.close()
-        eventually(self._let_go, "what was left ends by itself")
-        for stat in new_since(self.before, dead=True):
-            # An orphan: they come to the suite since it is a subreaper.
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(stat.pid, os.WNOHANG)
+        try:
+            until_none(self._let_go, "processes that do not end by themselves")
+        finally:
+            self.orphans.stop()
 
-    def _let_go(self) -> bool:
+    def _let_go(self) -> list[proof.Stat]:
         """Nobody reads the lifelines any more, and so puppets end; one that is stopped does not see
         that."""
         alive = new_since(self.before, dead=False)
@@ -290,7 +327,7 @@ class World:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGCONT)
             os.close(pidfd)
-        return not alive
+        return alive
 
 
 # -- and how they are chosen

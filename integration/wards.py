@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import structlog
 
 import proctree
-from integration.conftest import DEADLINE
+from integration.conftest import DEADLINE, eventually
 from integration.puppets import CHILDREN, EXIT_TOLD, MUCH, Puppets, output_of
 from proctree import KillPolicy, Reason, Stage, State, WatchedSubprocess, loop
-from proctree.process import proof
+from proctree.containment.warden import WardenContained
 
 CAPTURED = 64 * 1024
 """Bytes that the reader "head and tail" keeps."""
@@ -111,6 +111,15 @@ def standing_loop() -> Iterator[None]:
         go_on.set()
 
 
+def until_none(left: Callable[[], object], what: str) -> None:
+    """For what nothing reports: waits until there is none of it."""
+    try:
+        eventually(lambda: not left(), what)
+    except AssertionError:
+        still = left()
+        raise AssertionError(f"still there: {what}: {still}") from None
+
+
 class Options(NamedTuple):
     """How a tree is made. `reader` is what reads its output: see `Ward._sink`."""
 
@@ -126,6 +135,9 @@ class Ward:
     """One tree, and all that the commands so far can explain about it."""
 
     def __init__(self, options: Options, containment: str, program: str, folder: Path) -> None:
+        if containment == "pidns" and options.leftovers == "leave":
+            # The kernel ends them with the namespace, so that is refused.
+            options = options._replace(leftovers="wait")
         self.options = options
         self.puppets = Puppets(program, folder)
         self.output = b""
@@ -142,8 +154,6 @@ class Ward:
             drain_timeout=0.1 if options.reader == "block" else 0.5,
         )
         self.outcome: proctree.Outcome | None = None
-        self.main: tuple[int, int] | None = None
-        self.holder: tuple[int, int] | None = None
         self.seen = State.NEW
         self.launched = False
         self.holds: list[int] = []
@@ -203,6 +213,12 @@ class Ward:
         return f"{self.handle!r} {self.options}"
 
     @property
+    def started_pid(self) -> int | None:
+        """The process that the supervisor itself has started: the warden, or the main process."""
+        contained = self.handle._tree.contained
+        return contained._warden if isinstance(contained, WardenContained) else contained.pid
+
+    @property
     def may_kill_itself(self) -> bool:
         return self.options.reader == "kill" and bool(output_of(self.script))
 
@@ -253,20 +269,10 @@ class Ward:
             expected.append(proctree.ProctreeError)
         with contextlib.suppress(*expected):
             self.handle.launch()
-            self.launched_well()
-
-    def launched_well(self) -> None:
-        assert self.options.target != "missing"
-        assert self.handle.pid is not None
-        if self.responds:
-            self.wait_until_performed()
-            main = proof.read_stat(self.handle.pid)
-            assert main is not None
-            self.main = main.pid, main.start_time
-            root = self.handle._tree.contained.root()
-            holder = None if root is None else proof.read_stat(root)
-            assert holder is not None
-            self.holder = holder.pid, holder.start_time
+            assert self.options.target != "missing"
+            assert self.handle.pid is not None
+            if self.responds:
+                self.wait_until_performed()
 
     def wait_until_performed(self) -> None:
         self.acks += 1
