@@ -125,6 +125,20 @@ def test_a_cancelled_timer_never_fires(loop):
     assert fired == []
 
 
+def test_cancelled_timers_do_not_pile_up_behind_one_that_is_due_before_them(loop):
+    """As the time limits of short trees beside a long one."""
+
+    def arm() -> int:
+        first = loop.call_later(1000.0, lambda: None)
+        for _ in range(2000):
+            loop.call_later(2000.0, lambda: None).cancel()
+        kept = len(loop._timers)
+        first.cancel()
+        return kept
+
+    assert on(loop, arm) < 200
+
+
 def test_a_timer_may_cancel_another_one_that_is_due_in_the_same_turn(loop, monkeypatch):
     fired: list[str] = []
     done = threading.Event()
