@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from benchmarks import capture, command, exiting, idle, killing, lines, start, table
+from benchmarks import bomb, capture, command, exiting, idle, killing, lines, start, table
 from benchmarks.timing import Effort
 
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "start-2gb": start.measure_big,
     "containments": start.measure_containments,
     "kill-1000": killing.measure,
+    "bomb": bomb.measure,
     "capture": capture.measure,
     "lines": lines.measure,
     "exit": exiting.measure,

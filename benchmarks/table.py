@@ -58,6 +58,11 @@ def times_faster(what: str, ours: float, peer: str, theirs: float, least: float)
     )
 
 
+def below(what: str, seconds: float, limit: float) -> Row:
+    """Ours may take at most so long, whatever others take."""
+    return Row(what, milliseconds(seconds), target=f"< {limit:g} s", met=seconds < limit)
+
+
 def skipped(what: str, reason: str) -> Row:
     return Row(what, "", f"skipped: {reason}")
 
