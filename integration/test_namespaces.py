@@ -3,22 +3,26 @@ nothing but a resource limit bounds."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from integration.conftest import available
 from integration.test_other_users import (
-    NOBODY,
     PACKAGES,
     copy_packages,
     interpreter,
     open_to_all,
 )
+from proctree.containment import NAMES
+from proctree.process import cgroups
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(
@@ -109,11 +113,15 @@ def test_pid_reuse(actors: str, containment: str, rounds: int) -> None:
 
 
 BOMB = """
-import resource, sys
+import os, resource, sys
 import proctree
 from proctree import KillPolicy, Stage
 
+def processes():
+    return {name for name in os.listdir("/proc") if name.isdigit()}
+
 resource.setrlimit(resource.RLIMIT_NPROC, (400, 400))
+before = processes()
 outcome = proctree.run(
     [sys.argv[1], "bomb"],
     timeout=1.0,
@@ -122,31 +130,58 @@ outcome = proctree.run(
 )
 assert outcome.reason is proctree.Reason.TIMEOUT, outcome
 assert not outcome.survivors, outcome
+assert processes() == before
 print("ended", [stage.signal.name for stage in outcome.stages])
 """
 
+BOMBER = 60000 + os.getpid() % 5000
+"""RLIMIT_NPROC counts all processes of a user: this is one whom nobody else is likely to be."""
+
+
+@contextlib.contextmanager
+def delegated_cgroup(uid: int) -> Iterator[str]:
+    """A cgroup below our own that belongs to a user: what systemd makes of Delegate=yes."""
+    home = cgroups.find_home(cgroups.own_path()).path
+    path = f"{home.rstrip('/')}/delegated-{uid}"
+    os.mkdir(path)
+    try:
+        for file in (path, f"{path}/cgroup.procs", f"{path}/cgroup.subtree_control"):
+            os.chown(file, uid, -1)
+        yield path
+    finally:
+        assert cgroups.end(path, 30.0)
+
 
 @pytest.mark.timeout(200)
-def test_an_unbounded_fork_bomb(actors: str) -> None:
-    """RLIMIT_NPROC binds nobody who is root: the bomb belongs to another user."""
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "group"])
+def test_an_unbounded_fork_bomb(actors: str, name: str) -> None:
+    """RLIMIT_NPROC binds nobody who is root: the bomb belongs to another user, and so does its
+    supervisor, which cannot start anything either as long as it lasts."""
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
+    available(name)
     python = interpreter()
     folder = Path(tempfile.mkdtemp(prefix="proctree-bomb-"))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
         copy_packages(PACKAGES[:4], folder)
         open_to_all(folder)
+        runtime = folder / "runtime"
+        runtime.mkdir()
+        os.chown(runtime, BOMBER, BOMBER)
         init = f"""
 os.environ["PYTHONPATH"] = {str(folder)!r}
+os.environ["XDG_RUNTIME_DIR"] = {str(runtime)!r}
 os.setgroups([])
-os.setgid({NOBODY})
-os.setuid({NOBODY})
+os.setgid({BOMBER})
+os.setuid({BOMBER})
 sys.executable = {python!r}
 """
-        out = inside(BOMB, actors, "warden", init=init, timeout=150)
+        if name == "cgroup":
+            cgroup = stack.enter_context(delegated_cgroup(BOMBER))
+            init = f"open('{cgroup}/cgroup.procs', 'w').write('0')\n{init}"
+        out = inside(BOMB, actors, name, init=init, timeout=150)
         assert out == "ended ['SIGTERM', 'SIGKILL']\n"
-    finally:
-        shutil.rmtree(folder)
 
 
 def test_without_its_own_proc_the_warden_says_no() -> None:
