@@ -30,6 +30,9 @@ WRITE = select.EPOLLOUT
 BUFFER_SIZE = 256 * 1024
 """Bytes read at once. One buffer serves all trees, since only the loop reads."""
 
+TIMERS_KEPT = 64
+"""How many timers there may be before those that were cancelled are looked for."""
+
 LONGEST_SLEEP = 24 * 3600.0
 """Seconds."""
 
@@ -64,6 +67,7 @@ class Loop:
         # while the thread that it interrupted is posting.
         self._inbox: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
+        self._timers_room = TIMERS_KEPT
         self._order = itertools.count()
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self._thread = threading.Thread(target=self._run, name="proctree-loop", daemon=True)
@@ -95,9 +99,18 @@ class Loop:
             self._epoll.unregister(fd)
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
+        if len(self._timers) >= self._timers_room:
+            self._drop_cancelled()
         timer = Timer(time.monotonic() + delay, callback)
         heapq.heappush(self._timers, (timer.due, next(self._order), timer))
         return timer
+
+    def _drop_cancelled(self) -> None:
+        """The time limit of a tree that has ended would stay here until it is due, for days if it
+        is of days. Half of the timers at least are new when this is done again."""
+        self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+        heapq.heapify(self._timers)
+        self._timers_room = max(TIMERS_KEPT, 2 * len(self._timers))
 
     # -- the loop itself
 

@@ -258,9 +258,11 @@ def path_of(folder: str, tree_id: str) -> str:
 
 
 def forget(path: str) -> None:
-    """Removes the entry of a tree that is known to have ended."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+    """Removes the entry of a tree that is known to have ended, or the beginnings of one: a warden
+    may be killed while it makes it."""
+    for file in (path, path + "~"):
+        with contextlib.suppress(OSError):
+            os.unlink(file)
 
 
 # -- sweeping

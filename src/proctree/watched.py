@@ -178,7 +178,9 @@ class WatchedSubprocess:
             # What there was of it is being cleared away.
             self._wait_out()
             raise tree.start_error
-        if tree.closed.is_set() and tree.contained.pid is None:
+        if tree.contained.pid is None:
+            # Killed first, or given up: then what there was of it is being cleared away.
+            self._wait_out()
             raise ProctreeError(f"tree {self.tree_id} was killed before it had started")
 
     # -- what is known

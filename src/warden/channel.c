@@ -46,13 +46,17 @@ void channel_send(struct warden *w, const void *message, size_t size)
     }
 }
 
-/* Returns the size, 0 at the end of file, or -1 with errno. */
+/* Returns the size, 0 at the end of file, or -1 with errno.
+ *
+ * A supervisor that closes its end before it has read everything leaves ECONNRESET here, once, and
+ * ahead of what it had sent before (unix(7) does not say so; net/unix/af_unix.c does).  RELEASE may
+ * be among that. */
 ssize_t channel_receive(struct warden *w, void *buffer, size_t size)
 {
     ssize_t got;
     do
         got = recv(w->control, buffer, size, MSG_DONTWAIT | MSG_TRUNC);
-    while (got < 0 && errno == EINTR);
+    while (got < 0 && (errno == EINTR || errno == ECONNRESET));
     return got;
 }
 

@@ -81,6 +81,7 @@ class GroupContained(Contained):
         self._serial = 0
         self._empty = False
         self._closed = False
+        self._killing = False
         self._watched: dict[int, tuple[int, Stat]] = {}
         self._traced: list[Stat] = []
         self._tracer_pause = TRACER_PAUSE_FIRST
@@ -229,14 +230,26 @@ class GroupContained(Contained):
         return find(self._search())
 
     def _watch(self, members: list[tuple[int, Stat]]) -> None:
-        """Their ends are events from now on."""
+        """Their ends are events from now on. Once the tree gets SIGKILL, whoever is new was forked
+        while that went round: it gets it too, and another search looks for what it has forked."""
         known = {(stat.pid, stat.start_time) for _, stat in self._watched.values()}
+        fresh = False
         for pidfd, stat in members:
             if (stat.pid, stat.start_time) in known or self._closed:
                 os.close(pidfd)
                 continue
+            fresh = True
             self._watched[fds.own(pidfd)] = (pidfd, stat)
             self._loop.register(pidfd, READ, partial(self._member_ended, pidfd))
+            if self._killing:
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        if self._killing and fresh:
+            self._loop.post(self._watch_new)
+
+    def _watch_new(self) -> None:
+        if not self._empty and not self._closed:
+            self._watch(self._find())
 
     def _member_ended(self, pidfd: int, _mask: int) -> None:
         _, stat = self._watched[pidfd]
@@ -331,6 +344,7 @@ class GroupContained(Contained):
     def _send(self, stage: Stage, *, resume: bool) -> tuple[int, int]:
         if stage.scope is Scope.MAIN:
             return self._send_main(stage, resume=resume)
+        self._killing |= stage.ends_everything
         members = self._find()
         main = self._main_stat()
         group_done = self._signal_group(stage.signal)

@@ -94,3 +94,9 @@ class PidnsContained(WardenContained):
             b"initpid=%d" % self._init,
             b"proc=%d" % self._proc,
         ]
+
+    def _end_at_once(self) -> None:
+        """The init goes with the warden, and everything with the init. A warden that is stopped has
+        to go first: it keeps its dead children, and the kernel lets no init end before everybody in
+        its namespace has been reaped."""
+        self._kill_warden()
