@@ -18,6 +18,7 @@ from proctree.containment.warden import WardenContained, warden_path
 from proctree.process import namespaces
 from proctree.process.child import StepFailed, step_number
 from proctree.protocol import STEPS
+from proctree.records import Member
 
 _READY = struct.Struct("=ii")
 """What the init says: errno and step, or zeros (struct failure of the helper)."""
@@ -26,6 +27,7 @@ _READY = struct.Struct("=ii")
 class PidnsContained(WardenContained):
     name = "pidns"
     parent_visible = False
+    _init = 0
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -83,8 +85,9 @@ class PidnsContained(WardenContained):
 
     def _abandon_callable(self) -> None:
         """The namespace ends with its init, which would notice later that we are gone."""
-        os.kill(self._init, signal.SIGKILL)
-        os.waitpid(self._init, 0)
+        if self._init > 0:
+            os.kill(self._init, signal.SIGKILL)
+            os.waitpid(self._init, 0)
 
     def _callable_arguments(self) -> list[bytes]:
         for fd in (self._link, self._proc):
@@ -95,8 +98,9 @@ class PidnsContained(WardenContained):
             b"proc=%d" % self._proc,
         ]
 
-    def _end_at_once(self) -> None:
+    def _end_at_once(self) -> tuple[Member, ...]:
         """The init goes with the warden, and everything with the init. A warden that is stopped has
         to go first: it keeps its dead children, and the kernel lets no init end before everybody in
         its namespace has been reaped."""
         self._kill_warden()
+        return ()

@@ -259,13 +259,14 @@ class WardenContained(Contained):
         except OSError as error:
             report = child.REPORT.pack(error.errno or 0, child.step_number(step))
         finally:
-            with contextlib.suppress(OSError):
+            try:
                 if pid > 0:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
-            self._abandon_callable()
-            _report_failure(control, report)
-            os._exit(1)
+                self._abandon_callable()
+            finally:
+                _report_failure(control, report)
+                os._exit(1)
 
     def _prepare_callable(self) -> None:
         """In the child that is to be the warden, before it forks the callable: what must be there
