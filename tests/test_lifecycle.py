@@ -294,6 +294,15 @@ def test_kill_has_a_row_in_every_state_but_the_last():
     assert {state for state in State if (state, Event.KILL) not in TABLE} == {State.CLOSED}
 
 
+def test_a_sweep_that_takes_too_long_says_that_nothing_is_proved():
+    life = life_in(State.RUNNING)
+    life.handle(Event.LOST, detail="end of file")
+    actions = life.handle(Event.STAGE_DUE)
+    assert kinds(actions)[-2:] == [Action.CLOSE, Action.PUBLISH]
+    assert life.survivors == ()
+    assert life.detail == "end of file; not swept in 10 s, so something may be left"
+
+
 # -- the walk itself: with a defect in the table it has to fail
 
 

@@ -359,6 +359,9 @@ def _empty_draining(life: Lifecycle) -> State:
 
 def _stage_due(life: Lifecycle) -> State:
     if life.phase is Phase.SWEEP:
+        # Nobody has said what is left: an outcome without survivors must not look like a proof.
+        unproved = f"not swept in {SWEEP_TIMEOUT:g} s, so something may be left"
+        life.detail = f"{life.detail}; {unproved}" if life.detail else unproved
         return life._finish()
     if life.phase is Phase.SURVEY:
         # The warden did not even answer: stopped, or stuck. It is as good as gone.
