@@ -230,9 +230,8 @@ class World:
     def tell(self, ward: Ward, script: str) -> None:
         ward.tell(script)
 
-    def tell_to_exit(self, ward: Ward) -> None:
-        ward.told_to_exit = True
-        ward.puppets.tell("q")
+    def tell_to_exit(self, ward: Ward, script: str) -> None:
+        ward.tell_to_exit(script)
 
     def tell_to_hurt_itself(self, ward: Ward, letter: str) -> None:
         if letter == "k":
@@ -387,7 +386,8 @@ COMMANDS = st.one_of(
     _command("thaw"),
     _command("tell", script=_scripts()),
     _command("tell", script=_scripts()),
-    _command("tell_to_exit"),
+    _command("tell_to_exit", script=_scripts()),
+    _command("tell_to_exit", script=_scripts()),
     _command("tell_to_hurt_itself", letter=st.sampled_from("ks")),
     _command("shoot_main", signo=st.sampled_from([signal.SIGKILL, signal.SIGTERM])),
     # A warden that stays stopped costs two seconds.

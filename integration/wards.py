@@ -280,12 +280,20 @@ class Ward:
         self.performed = self.script
 
     def tell(self, script: str) -> None:
-        self.script += script
+        if not self.told_to_exit:  # it never comes to what is behind that
+            self.script += script
         self.puppets.tell(script + "a")
         if self.responds:
             self.wait_until_performed()
         else:
             self.uncertain = True
+
+    def tell_to_exit(self, script: str) -> None:
+        """Behind the last of `script`, without a pause."""
+        if not self.told_to_exit:
+            self.script += script
+            self.told_to_exit = True
+        self.puppets.tell(script + "q")
 
     def killers(self, policies: Sequence[KillPolicy | None]) -> list[Callable[[], None]]:
         """A call for each, that is yet to be made."""
@@ -332,7 +340,7 @@ class Ward:
         """Everything that the outcome says is explained, and what it promises is so."""
         lives = self.puppets.live()
         self.outcome = outcome
-        if outcome.returncode == EXIT_TOLD and self.script.endswith("q"):
+        if outcome.returncode == EXIT_TOLD:
             self.performed = self.script
         assert not outcome.survivors, outcome
         assert outcome.containment == self.handle.containment
