@@ -33,7 +33,7 @@ PROGRAMS: dict[str, list[str]] = {
     "options": [],
     "processes": ["openat"],
     "requests": [],
-    "trees": ["openat"],
+    "trees": ["close", "openat"],
 }
 """With the functions that each of them puts its own in front of."""
 

@@ -15,33 +15,62 @@
 
 static struct warden warden;
 
-/* ---- Ends at the worst moment: when the file of that name is opened, or has just been ---- */
+/* ---- Ends at the worst moment: around the reading of a file ---- */
 
-static char doomed_path[96];
-static pid_t doomed;
-static bool doomed_before;
+enum moment { BEFORE_OPENING, BEFORE_READING, AFTER_READING };
+
+static struct {
+    pid_t pid;
+    bool stays; /* as a zombie, that keeps its number and has lost its children */
+    char path[96];
+    enum moment moment;
+    int fd;
+} doom = {.fd = -1};
+
+static void meet_doom(void)
+{
+    const pid_t pid = doom.pid;
+    doom.pid = 0;
+    if (doom.stays)
+        make_zombie(pid);
+    else
+        end_child(pid);
+}
 
 int __real_openat(int directory, const char *path, int flags, ...);
 int __wrap_openat(int directory, const char *path, int flags, ...);
+int __real_close(int fd);
+int __wrap_close(int fd);
 
 int __wrap_openat(int directory, const char *path, int flags, ...)
 {
-    const bool now = doomed && strcmp(path, doomed_path) == 0;
-    if (now && doomed_before)
-        end_child(doomed);
+    const bool now = doom.pid && strcmp(path, doom.path) == 0;
+    if (now && doom.moment == BEFORE_OPENING)
+        meet_doom();
     const int fd = __real_openat(directory, path, flags, 0600);
-    if (now && !doomed_before)
-        end_child(doomed);
-    if (now)
-        doomed = 0;
+    if (now && doom.moment == BEFORE_READING)
+        meet_doom();
+    if (now && doom.moment == AFTER_READING)
+        doom.fd = fd;
     return fd;
 }
 
-static void doom(pid_t pid, const char *file, bool before)
+int __wrap_close(int fd)
 {
-    snprintf(doomed_path, sizeof doomed_path, "%d/%s", pid, file);
-    doomed = pid;
-    doomed_before = before;
+    const int result = __real_close(fd);
+    if (fd >= 0 && fd == doom.fd) {
+        doom.fd = -1;
+        meet_doom();
+    }
+    return result;
+}
+
+/* `pid` ends when that file of `whose` is read. */
+static void let_end(pid_t pid, enum moment moment, pid_t whose, const char *file)
+{
+    snprintf(doom.path, sizeof doom.path, "%d/%s", whose, file);
+    doom.pid = pid;
+    doom.moment = moment;
 }
 
 /* ---- Trees ---- */
@@ -249,8 +278,8 @@ static void kinship(void)
     CHECK(child_of_ours(pid) == NOT_OURS);
 }
 
-/* A parent that ends while its list of children is opened: they are ours then, and are found. */
-static void a_parent_that_ends_during_the_walk(const char *file, bool before, bool scan)
+/* A parent that ends while its list of children is read: they are ours then, and are found. */
+static void a_parent_that_ends_during_the_walk(const char *file, enum moment moment, bool scan)
 {
     pid_t members[7];
     char path[64];
@@ -260,9 +289,9 @@ static void a_parent_that_ends_during_the_walk(const char *file, bool before, bo
     for (size_t i = 0; i < 7; i++)
         members[i] = next_announced();
     snprintf(path, sizeof path, file, top);
-    doom(top, path, before);
+    let_end(top, moment, top, path);
     snapshot(scan);
-    CHECK(doomed == 0);
+    CHECK(doom.pid == 0);
     for (size_t i = 0; i < 7; i++) {
         if (members[i] == top)
             continue;
@@ -274,8 +303,10 @@ static void a_parent_that_ends_during_the_walk(const char *file, bool before, bo
     CHECK(open_descriptors() == descriptors);
 }
 
-/* ... and one that ends while its child is being proved: the second look finds the new parent. */
-static void a_parent_that_ends_during_the_proof(bool before)
+/* ... and one that ends while its child is being proved: what was read before is not believed, and a
+ * second look finds the new parent. */
+static void a_parent_that_ends_during_the_proof(enum moment moment, bool of_child, bool known,
+                                                bool stays)
 {
     struct process process;
     const unsigned descriptors = open_descriptors();
@@ -283,13 +314,29 @@ static void a_parent_that_ends_during_the_proof(bool before)
     const pid_t top = fork_that(with_a_child);
     const pid_t first = next_announced(), second = next_announced();
     const pid_t child = first == top ? second : first;
-    doom(top, "stat", before);
+    if (known)
+        CHECK(proven(top));
+    doom.stays = stays;
+    let_end(top, moment, of_child ? child : top, "stat");
     const int fd = member_open(&warden, child, &process);
-    CHECK(doomed == 0);
-    CHECK(fd >= 0 && process.pid == child && process.ppid == getpid());
+    CHECK(doom.pid == 0);
+    /* A zombie is a parent still, as far as anybody can see who has looked before it became one. */
+    CHECK(fd >= 0 && process.pid == child);
+    CHECK(process.ppid == getpid() || (known && stays && process.ppid == top));
+    doom.stays = false;
     tree_forget(&warden);
     fell();
     CHECK(open_descriptors() == descriptors);
+}
+
+static void parents_that_end_during_the_proof(void)
+{
+    for (int stays = 0; stays < 2; stays++) {
+        for (enum moment moment = BEFORE_OPENING; moment <= AFTER_READING; moment++)
+            a_parent_that_ends_during_the_proof(moment, false, false, stays);
+        a_parent_that_ends_during_the_proof(AFTER_READING, true, false, stays);
+        a_parent_that_ends_during_the_proof(AFTER_READING, true, true, stays);
+    }
 }
 
 /* ---- The set of numbers ---- */
@@ -358,11 +405,10 @@ int main(void)
     walks(with_grandchildren, 7);
     walks(with_twenty_pairs, 41); /* more than the cache of proved members holds */
     walks(with_a_thread_that_forks, 3);
-    a_parent_that_ends_during_the_walk("task/%d/children", true, false);
-    a_parent_that_ends_during_the_walk("task/%d/children", false, false);
-    a_parent_that_ends_during_the_walk("stat", false, true);
-    a_parent_that_ends_during_the_proof(true);
-    a_parent_that_ends_during_the_proof(false);
+    for (enum moment moment = BEFORE_OPENING; moment <= AFTER_READING; moment++)
+        a_parent_that_ends_during_the_walk("task/%d/children", moment, false);
+    a_parent_that_ends_during_the_walk("stat", BEFORE_READING, true);
+    parents_that_end_during_the_proof();
     printf("%u\n", checks);
     return 0;
 }
