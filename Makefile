@@ -55,7 +55,7 @@ lint: $(VENV)/.installed .tools
 	$(VENV)/bin/lint-imports
 	scripts/analyze
 
-# For hours rather than minutes: `make soak TREES=100000 CONTAINMENT=group`.
+# 10,000 trees and random faults, for minutes; for hours: `make soak TREES=1000000`.
 TREES := 10000
 THREADS := 8
 CONTAINMENT := warden

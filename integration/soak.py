@@ -415,7 +415,7 @@ class Soak:
         empty = self.before = self._tables()
         try:
             ward.launch()
-            self.told.forget()
+            self.told.forget(ward)
             self.before = self._tables()
             yield ward
             ward.kill([None])
@@ -424,7 +424,7 @@ class Soak:
             self.before = empty
             ward.handle.kill(KillPolicy.now())
             ward.handle.wait()
-            self.told.forget()
+            self.told.forget(ward)
             ward.close()
 
     def _look_at(self, bystander: Ward) -> None:
@@ -458,6 +458,7 @@ class Soak:
                 self.counts[life.kind, reason] += 1
             except BaseException as error:
                 self.counts[life.kind, "VIOLATION"] += 1
+                self.told.forget(life.ward)
                 self._violated(f"tree {number}, {life.kind!r}, {life.ward}", error)
         hazard.stop()
 
@@ -496,7 +497,6 @@ class Soak:
                 until_none(left, what)
             except AssertionError as error:
                 self._violated(f"while nothing runs: {error}")
-        self.told.forget()
         # A timer that was cancelled may stay in the heap for a while, but not for each tree.
         timers = len(loop.get()._timers)
         if timers > 8 * self.plan.threads + 64:

@@ -60,10 +60,10 @@ class Told:
             self.defects.append(f"{dict(event)}\n{told}")
         raise structlog.DropEvent
 
-    def forget(self) -> None:
-        self.started.clear()
-        self.ended.clear()
-        self.defects.clear()
+    def forget(self, ward: Ward | None) -> None:
+        if ward is not None:
+            self.started.pop(ward.handle.tree_id, None)
+            self.ended.pop(ward.handle.tree_id, None)
 
     def check_once(self, tree_id: str) -> None:
         """It has ended once, and is forgotten here."""
