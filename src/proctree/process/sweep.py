@@ -101,18 +101,32 @@ EXEC_PAUSE = 0.002
 """How often, and after how many seconds, a process that has no environment is looked at again:
 execve takes well below a millisecond, and nothing reports its end to a stranger."""
 
+LISTINGS_MAX = 20
+"""How often all processes are listed in one search: a tree that forks without end must not hold it
+up for ever."""
+
 
 def find(search: Search) -> list[tuple[int, Stat]]:
-    """The living members: a pidfd each, which the caller closes, and what they were seen as."""
+    """The living members: a pidfd each, which the caller closes, and what they were seen as.
+
+    Who forks and ends after /proc was listed and before its turn has come leaves a child that is
+    not in the list. So it is listed until nobody is new: everybody who lives then has been looked
+    at, and whoever could still fork has been found.
+    """
     root_held = search.root_pidfd >= 0 and proof.holds_number(search.root_pidfd)
     found: list[tuple[int, Stat]] = []
-    undecided: list[int] = list(all_pids())
-    for look in range(EXEC_LOOKS):
-        if look > 0:
+    undecided: list[int] = []
+    seen: set[int] = set()
+    looks = 0
+    for _ in range(LISTINGS_MAX):
+        new = [pid for pid in all_pids() if pid not in seen]
+        if not new:
+            looks += 1
+            if not undecided or looks == EXEC_LOOKS:
+                break
             time.sleep(EXEC_PAUSE)
-        undecided = _look(search, undecided, found, root_held=root_held)
-        if not undecided:
-            break
+        seen.update(new)
+        undecided = _look(search, [*undecided, *new], found, root_held=root_held)
     if found:
         _find_children(search, found)
     return found
