@@ -155,6 +155,49 @@ static void chain(int depth)
         pause();
 }
 
+/* A family in many sessions: one that ignores SIGTERM, one with a child, and one whose parent is
+ * gone.  When all of them are what they are to be, it writes a line to each standard stream, and
+ * then to the descriptor `fd`, which nobody keeps open but the family. */
+static void family(int fd)
+{
+    int ready[2];
+    pid_t parting;
+    if (pipe(ready) < 0)
+        _exit(8);
+    if (fork() == 0) {
+        setsid();
+        signal(SIGTERM, SIG_IGN);
+        close(ready[1]);
+        for (;;)
+            pause();
+    }
+    if (fork() == 0) {
+        setsid();
+        fork();
+        close(ready[1]);
+        for (;;)
+            pause();
+    }
+    if ((parting = fork()) == 0) {
+        setsid();
+        if (fork() > 0)
+            _exit(0);
+        close(ready[1]);
+        for (;;)
+            pause();
+    }
+    waitpid(parting, NULL, 0);
+    close(ready[1]);
+    char byte;
+    while (read(ready[0], &byte, 1) > 0)
+        continue;
+    say("out\n");
+    if (write(2, "err\n", 4) != 4 || write(fd, "ready\n", 6) != 6)
+        _exit(9);
+    for (;;)
+        pause();
+}
+
 /* Counts SIGTERMs and prints "N" when it gets SIGUSR1. */
 static volatile sig_atomic_t terms;
 static void on_term(int signo)
@@ -365,6 +408,8 @@ int main(int argc, char **argv)
         zombies(number);
     else if (!strcmp(mode, "chain"))
         chain(number);
+    else if (!strcmp(mode, "family"))
+        family(number);
     else if (!strcmp(mode, "counter"))
         counter();
     else if (!strcmp(mode, "stopped"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,3 +79,16 @@ def start_error(number: int, step: str, argv0: str, cwd: str | None) -> Exceptio
     argument = "cwd" if step == "chdir" else "argv[0]"
     exception.add_note(f"proctree: {argument}: {errno_name(number)} at step {step!r}")
     return exception
+
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Says in a note at which step of a start a system call failed: errno alone does not tell
+    whether it was the pipe for the output or the process itself. The innermost step is noted."""
+    try:
+        yield
+    except OSError as error:
+        notes = getattr(error, "__notes__", ())
+        if not any(note.startswith("proctree: ") for note in notes):
+            error.add_note(f"proctree: {errno_name(error.errno or 0)} at step {name!r}")
+        raise

@@ -5,12 +5,14 @@ thread; everybody else only posts. There is no second driver, and that is on pur
 driven by whoever waits can be torn in the middle of one tree's transition by another caller's
 KeyboardInterrupt, which Python raises between any two bytecodes of the main thread.
 
-Nothing here polls: epoll_wait(2) sleeps until a descriptor or a timer is due.
+Nothing here polls: epoll_wait(2) sleeps until a descriptor or a timer is due. The one exception is
+a descriptor that the kernel has no room for: it is looked at now and then until there is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import itertools
 import os
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from proctree import events, worker
+from proctree.errors import errno_name, step
 from proctree.process import fds
 
 READ = select.EPOLLIN
@@ -32,6 +35,12 @@ BUFFER_SIZE = 256 * 1024
 
 TIMERS_KEPT = 64
 """How many timers there may be before those that were cancelled are looked for."""
+
+LOOK_SECONDS = 0.02
+"""How often a descriptor is looked at that epoll has no room for."""
+
+_NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
+"""epoll_ctl(2); ENOSPC is /proc/sys/fs/epoll/max_user_watches."""
 
 LONGEST_SLEEP = 24 * 3600.0
 """Seconds."""
@@ -60,9 +69,17 @@ class Loop:
         with fds.making():
             self._epoll = select.epoll()
             fds.own(self._epoll.fileno())
-            self._wake = fds.own(fds.above_stdio(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)))
-        self._epoll.register(self._wake, READ)
+            self._wake = -1
+            try:
+                wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._wake = fds.own(fds.above_stdio(wake))
+                self._epoll.register(self._wake, READ)
+            except BaseException:
+                self._close()
+                raise
         self._handlers: dict[int, Handler] = {}
+        self._unwatched: dict[int, int] = {}
+        self._looking = False
         # A deque and not a queue.Queue: its append takes no lock, so that a signal handler may post
         # while the thread that it interrupted is posting.
         self._inbox: deque[Callable[[], None]] = deque()
@@ -71,7 +88,21 @@ class Loop:
         self._order = itertools.count()
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self._thread = threading.Thread(target=self._run, name="proctree-loop", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException as error:
+            self._close()
+            if isinstance(error, RuntimeError):
+                # How `threading` says EAGAIN and ENOMEM of pthread_create(3).
+                raise OSError(errno.EAGAIN, str(error)) from None
+            raise
+
+    def _close(self) -> None:
+        """For a loop that did not come to be."""
+        fds.disown(self._epoll.fileno())
+        self._epoll.close()
+        if self._wake >= 0:
+            fds.close(self._wake)
 
     # -- from any thread
 
@@ -89,14 +120,46 @@ class Loop:
         """The handler runs on the loop, possibly before this returns. Registering is safe from any
         thread (epoll_ctl(2) is, and so is one assignment); unregistering is not."""
         self._handlers[fd] = handler
-        self._epoll.register(fd, mask)
+        try:
+            self._epoll.register(fd, mask)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                del self._handlers[fd]
+                raise
+            self._unwatched[fd] = mask
+            if not self._looking:
+                self._looking = True
+                events.warning("loop.polling", errno=errno_name(error.errno or 0))
+                self.post(self._look)
 
     # -- on the loop's thread
 
     def unregister(self, fd: int) -> None:
         """Before `fd` is closed: afterwards its number may be another tree's."""
-        if self._handlers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+        if self._handlers.pop(fd, None) is not None and self._unwatched.pop(fd, None) is None:
+            # Should it fail, somebody closed `fd` behind our back, and epoll forgot it then. What
+            # else is to be given back must not suffer.
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+
+    def _look(self) -> None:
+        """At what epoll had no room for: nothing else tells when it is ready, or when there is
+        room again."""
+        for fd, mask in tuple(self._unwatched.items()):
+            if fd not in self._unwatched:
+                continue  # the handler of another one closed it
+            try:
+                self._epoll.register(fd, mask)
+            except OSError:
+                poller = select.poll()
+                poller.register(fd, mask)
+                for _, ready in poller.poll(0):
+                    self._guard(self._handlers[fd], ready)
+            else:
+                del self._unwatched[fd]
+        self._looking = bool(self._unwatched)
+        if self._looking:
+            self.call_later(LOOK_SECONDS, self._look)
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
         if len(self._timers) >= self._timers_room:
@@ -125,6 +188,15 @@ class Loop:
         return min(max(0.0, left), LONGEST_SLEEP)
 
     def _run(self) -> None:
+        while True:
+            try:
+                self._turn_for_ever()
+            except Exception as exception:
+                # Short of memory, say: without this thread nobody would ever hear of a tree again.
+                events.error("loop.defect", error=repr(exception), exc_info=True)
+                time.sleep(LOOK_SECONDS)
+
+    def _turn_for_ever(self) -> None:
         poll = self._epoll.poll
         handlers = self._handlers
         while True:
@@ -167,15 +239,30 @@ class Loop:
             events.error("loop.defect", error=repr(exception), exc_info=True)
 
 
+def _later(job: Callable[[], None]) -> None:
+    loop = get()
+
+    def call_later() -> None:
+        loop.call_later(LOOK_SECONDS, job)
+
+    loop.post(call_later)
+
+
+worker.try_later = _later
+
 _loop: Loop | None = None
 _starting = threading.Lock()
 
 
 def get() -> Loop:
-    """The process's loop; its thread is started by the first call."""
+    """The process's loop; its thread is started by the first call.
+
+    Raises:
+        OSError: there are no descriptors for it, or no thread.
+    """
     global _loop
     if _loop is None:
-        with _starting:
+        with _starting, step("loop"):
             if _loop is None:
                 _loop = Loop()
     return _loop

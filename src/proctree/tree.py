@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from proctree import events
 from proctree.command import Command
 from proctree.containment.base import Contained
-from proctree.errors import ContainmentUnavailable, ProctreeError
+from proctree.errors import ContainmentUnavailable, ProctreeError, step
 from proctree.latch import Latch
 from proctree.lifecycle import Action, Event, Lifecycle, State
 from proctree.loop import Loop, Timer
@@ -148,10 +148,12 @@ class Tree:
         try:
             with fds.making():
                 try:
-                    stdio = self._streams.open()
+                    with step("stdio"):
+                        stdio = self._streams.open()
                     # Before there is a process: a logger of the host's may raise here.
                     self._streams.attach(self._loop, self)
-                    self.contained.spawn(self.command, stdio, self.policy)
+                    with step("containment"):
+                        self.contained.spawn(self.command, stdio, self.policy)
                 finally:
                     self._streams.close_child_ends()
         except Exception as error:

@@ -165,8 +165,9 @@ class WatchedSubprocess:
             ProctreeError: it was launched before, or killed before it was launched.
         """
         tree = self._tree
+        loop = _loop.get()
         try:
-            tree.launch(_loop.get())
+            tree.launch(loop)
             tree.started.wait()
         except ProctreeError:
             raise
@@ -357,8 +358,9 @@ def run(argv: Target, *, check: bool = False, **options: Any) -> Outcome:
     """
     handle = WatchedSubprocess(argv, **options)
     tree = handle._tree
+    loop = _loop.get()
     try:
-        tree.launch(_loop.get())
+        tree.launch(loop)
         tree.closed.wait()
     except BaseException:
         handle._end_quietly()

@@ -31,7 +31,23 @@ class _Threads:
             if self._idle >= len(self._jobs):
                 self._wanted.notify()
                 return
-        threading.Thread(target=self._work, name="proctree-callbacks", daemon=True).start()
+        self._start()
+
+    def _start(self) -> None:
+        """Where no thread can be had for now the work is kept: for one of those that there are, or
+        until we are asked to try again."""
+        try:
+            threading.Thread(target=self._work, name="proctree-callbacks", daemon=True).start()
+        except RuntimeError:  # EAGAIN or ENOMEM of pthread_create(3)
+            if try_later is None:
+                raise
+            try_later(self._start_again)
+
+    def _start_again(self) -> None:
+        with self._wanted:
+            if not self._jobs:
+                return
+        self._start()
 
     def _work(self) -> None:
         while True:
@@ -45,6 +61,9 @@ class _Threads:
                 job = self._jobs.popleft()
             job()
 
+
+try_later: Callable[[Job], None] | None = None
+"""Calls something after a while; the loop, which knows of time, puts it here."""
 
 _threads = _Threads()
 

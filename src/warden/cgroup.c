@@ -262,9 +262,15 @@ static bool remove_below(int leaf)
 
 void cgroup_remove(struct warden *w)
 {
-    if (w->leaf < 0)
-        return;
     const char *path = w->options.cgroup;
+    if (w->leaf < 0) {
+        /* That of a callable is there before us, and may have to go before we have opened it. */
+        const int64_t end = now_ms() + SETTLE_MS;
+        while (path && w->options.adopt && unlinkat(AT_FDCWD, path, AT_REMOVEDIR) < 0 &&
+               errno == EBUSY && now_ms() < end)
+            poll(NULL, 0, 1);
+        return;
+    }
     cgroup_settled(w);
     if (unlinkat(AT_FDCWD, path, AT_REMOVEDIR) < 0 && errno == EBUSY && remove_below(w->leaf))
         unlinkat(AT_FDCWD, path, AT_REMOVEDIR);

@@ -9,6 +9,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+/* How often, and after how long, a message is sent again for which there was no memory. */
+#define SEND_TRIES 100
+#define SEND_PAUSE_MS 10
+
 void header_init(struct message_header *header, enum message_type type, uint32_t serial)
 {
     *header = (struct message_header){
@@ -32,17 +36,22 @@ static bool wait_writable(struct warden *w)
     return !(fds[1].revents & POLLIN) && !(fds[0].revents & (POLLERR | POLLHUP));
 }
 
+/* A message arrives, or the channel ends: the supervisor may be waiting for it, and would wait for
+ * ever for one that is just missing.  The end is an end of file for both sides, and both act on it. */
 void channel_send(struct warden *w, const void *message, size_t size)
 {
+    int tries = 0;
     while (w->control >= 0) {
         if (send(w->control, message, size, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
             return;
-        if (errno == EINTR)
+        if (errno == EINTR || (errno == EAGAIN && wait_writable(w)))
             continue;
-        /* ENOBUFS: the kernel is short of memory for the message; the supervisor will see it
-         * missing as an end of file at the latest, so giving up is safe and looping is not. */
-        if (errno != EAGAIN || !wait_writable(w))
-            return; /* the main loop sees the same end of file and acts on it */
+        /* ENOBUFS, ENOMEM: the kernel is short of memory for the message. */
+        if ((errno != ENOBUFS && errno != ENOMEM) || ++tries > SEND_TRIES) {
+            shutdown(w->control, SHUT_RDWR);
+            return;
+        }
+        poll(NULL, 0, SEND_PAUSE_MS);
     }
 }
 

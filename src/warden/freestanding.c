@@ -345,6 +345,11 @@ ssize_t send(int fd, const void *message, size_t size, int flags)
     return CALL(SYS_sendto, fd, message, size, flags, 0, 0);
 }
 
+int shutdown(int fd, int how)
+{
+    return (int)CALL(SYS_shutdown, fd, how, 0, 0, 0, 0);
+}
+
 ssize_t recv(int fd, void *buffer, size_t size, int flags)
 {
     return CALL(SYS_recvfrom, fd, buffer, size, flags, 0, 0);

@@ -174,8 +174,8 @@ int be_init(struct warden *w)
         };
         struct signalfd_siginfo info;
         pid_t pid;
-        if (poll(fds, 2, -1) < 0 && errno != EINTR)
-            return 1;
+        if (poll(fds, 2, -1) < 0) /* EINTR, or short of memory: nothing below blocks */
+            fds[1].revents = POLLIN;
         if (fds[1].revents)
             warden_there = read_link(w, &main_gone);
         while (read(w->signals, &info, sizeof info) > 0)

@@ -54,10 +54,12 @@ static int set_cloexec(int fd, bool on)
 }
 
 /* For kernels without close_range(2) (before 5.9), or without its CLOEXEC flag (before 5.11). */
-static int span_by_proc(unsigned low, unsigned high, bool cloexec)
+static int span_by_proc(int proc, unsigned low, unsigned high, bool cloexec)
 {
     struct listing open;
-    int error = listing_open(&open, AT_FDCWD, "/proc/self/fd");
+    /* Where another /proc has been mounted over ours, we are not to be found under its name. */
+    int error = proc < 0 ? listing_open(&open, AT_FDCWD, "/proc/self/fd")
+                         : listing_open(&open, proc, "self/fd");
     if (error)
         return error;
     for (long fd; (fd = listing_next_number(&open)) >= 0;) {
@@ -71,20 +73,20 @@ static int span_by_proc(unsigned low, unsigned high, bool cloexec)
     return 0;
 }
 
-static int span(unsigned low, unsigned high, bool cloexec)
+static int span(int proc, unsigned low, unsigned high, bool cloexec)
 {
     if (low > high)
         return 0;
     unsigned flags = cloexec ? CLOSE_RANGE_CLOEXEC_FLAG : 0;
     if (syscall(SYS_close_range, low, high, flags) == 0)
         return 0;
-    return span_by_proc(low, high, cloexec);
+    return span_by_proc(proc, low, high, cloexec);
 }
 
 /* Whatever the host program let leak must not reach the tree. */
-int descriptors_prepare(void)
+int descriptors_prepare(const struct warden *w)
 {
-    return span(3, UINT_MAX, true);
+    return span(w->options.proc, 3, UINT_MAX, true);
 }
 
 /* The warden keeps no copy of the tree's standard streams, so that they end when the tree does,
@@ -102,10 +104,10 @@ void descriptors_drop(struct warden *w)
                 next = (unsigned)own[i];
         if (next == UINT_MAX)
             break;
-        span(low, next - 1, false);
+        span(w->proc, low, next - 1, false);
         low = next + 1;
     }
-    span(low, UINT_MAX, false);
+    span(w->proc, low, UINT_MAX, false);
 
     /* /dev/null where there is one: a bare chroot has none, and then they are just closed. */
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -315,5 +317,11 @@ struct failure adopt_main(struct warden *w)
     if (waitid(P_PID, (id_t)w->options.adopt, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
         return failed(STEP_ADOPT);
     w->main = w->options.adopt;
+    if (w->options.gate >= 0) {
+        /* It may have been killed meanwhile: that is an end like any other. */
+        if (write(w->options.gate, "g", 1) < 0 && errno != EPIPE)
+            return failed(STEP_ADOPT);
+        close(w->options.gate);
+    }
     return (struct failure){0, 0};
 }

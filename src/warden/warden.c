@@ -259,6 +259,18 @@ static enum verdict run_timers(struct warden *w)
     return GO_ON;
 }
 
+/* EINTR, or short of memory: then everything is looked at, and nothing of that blocks.  Whether the
+ * supervisor is there can be told from whose child we are. */
+static void look_without_poll(const struct warden *w, struct pollfd fds[4], int error)
+{
+    for (int i = 0; i < 4; i++)
+        fds[i].revents = error == EINTR || fds[i].fd < 0 ? 0 : fds[i].events;
+    if (getppid() == w->options.supervisor)
+        fds[2].revents = 0;
+    if (error != EINTR)
+        poll(NULL, 0, 1);
+}
+
 static enum verdict turn(struct warden *w)
 {
     struct pollfd fds[4] = {
@@ -267,8 +279,8 @@ static enum verdict turn(struct warden *w)
         {.fd = w->supervisor, .events = POLLIN},
         {.fd = w->intruded ? w->leaf_events : -1, .events = POLLPRI},
     };
-    if (poll(fds, 4, next_timeout(w)) < 0 && errno != EINTR)
-        return plan_begin(w);
+    if (poll(fds, 4, next_timeout(w)) < 0)
+        look_without_poll(w, fds, errno);
     enum verdict verdict = GO_ON;
     if (fds[0].revents)
         verdict = read_signals(w);
@@ -353,7 +365,7 @@ static struct failure prepare(struct warden *w)
 
     if ((error = tree_prepare(w)))
         return failure_at(STEP_MEMORY, error);
-    if ((error = descriptors_prepare()))
+    if ((error = descriptors_prepare(w)))
         return failure_at(STEP_DESCRIPTORS, error);
     if ((error = prepare_signals(w)))
         return failure_at(STEP_SIGNALS, error);
@@ -394,12 +406,16 @@ static bool receive_start(struct warden *w)
         {.fd = w->control, .events = POLLIN},
         {.fd = w->supervisor, .events = POLLIN},
     };
-    while (poll(fds, 2, -1) < 0)
-        if (errno != EINTR)
+    ssize_t size;
+    do {
+        if (poll(fds, 2, -1) < 0 && errno != EINTR && errno != ENOMEM)
             return false;
-    if (!fds[0].revents)
-        return false;
-    ssize_t size = channel_receive(w, &request, sizeof request);
+        if (fds[1].revents && !fds[0].revents)
+            return false;
+        size = channel_receive(w, &request, sizeof request);
+    } while (size < 0 && errno == EAGAIN);
+    if (size < 0)
+        send_failure(w, MESSAGE_FAULT, failure_at(STEP_PROTOCOL, errno));
     if (size <= 0)
         return false;
     if (!request_valid(&request, (size_t)size) || request.header.type != MESSAGE_START) {
@@ -463,8 +479,11 @@ void leave_nothing(struct warden *w)
 static int abandon(struct warden *w)
 {
     if (!w->killed) { /* no memory to walk with */
-        if (w->options.adopt > 0)
+        if (w->options.adopt > 0) {
             kill(-w->options.adopt, SIGKILL);
+            waitpid(w->options.adopt, NULL, 0);
+        }
+        cgroup_remove(w);
         return 1;
     }
     if (w->options.adopt > 0) {

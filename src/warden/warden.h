@@ -33,6 +33,7 @@ struct options {
     int control;
     pid_t supervisor;
     pid_t adopt;
+    int gate;  /* where the callable that is to be adopted waits for a byte, or -1 */
     int proc;  /* our /proc, where another one has been mounted over it; or -1 */
     bool scan; /* do not use /proc/PID/task/TID/children even where the kernel has it */
     char *cwd;
@@ -199,7 +200,7 @@ void kill_retry(struct warden *w);
 /* spawn.c: the main process. */
 struct failure spawn_main(struct warden *w);
 struct failure adopt_main(struct warden *w);
-int descriptors_prepare(void);
+int descriptors_prepare(const struct warden *w);
 void descriptors_drop(struct warden *w);
 int lift(int fd);
 int prepare_signals(struct warden *w);

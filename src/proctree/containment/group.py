@@ -16,6 +16,7 @@ import fcntl
 import os
 import signal
 import struct
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -31,15 +32,15 @@ from proctree.containment.base import (
     Wanted,
     proc_trouble,
 )
-from proctree.errors import errno_name, start_error
+from proctree.errors import errno_name, start_error, step
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop, Timer
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import child, fds, prctl, proof
 from proctree.process.proof import Stat
-from proctree.process.sweep import Search, find, held_by_tracer, sweep, to_member
+from proctree.process.sweep import AGAIN_SECONDS, Search, find, held_by_tracer, sweep, to_member
 from proctree.protocol import STEPS
-from proctree.records import Usage
+from proctree.records import Member, Usage
 from proctree.worker import Worker
 
 TRACER_PAUSE_FIRST = 0.05
@@ -83,6 +84,8 @@ class GroupContained(Contained):
         self._closed = False
         self._killing = False
         self._watched: dict[int, tuple[int, Stat]] = {}
+        self._unsent: deque[tuple[int, Stage, bool, bool, int]] = deque()
+        self._unsearchable = False
         self._traced: list[Stat] = []
         self._tracer_pause = TRACER_PAUSE_FIRST
         self._tracer_timer: Timer | None = None
@@ -104,13 +107,16 @@ class GroupContained(Contained):
     def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
         self._command = command
         calls = prctl.load()
-        reader, writer = fds.pipe()
-        gate, opener = fds.pipe()
         parent = os.getpid()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         pid = -1
+        pipes: list[int] = []
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            pid = os.fork()
+            with step("descriptors"):
+                reader, writer = pipes[:] = fds.pipe()
+                gate, opener = pipes[2:] = fds.pipe()
+            with step("fork"):
+                pid = os.fork()
             if pid == 0:
                 child.run_forked(
                     command,
@@ -123,25 +129,38 @@ class GroupContained(Contained):
                 )
             # Another thread of the host may be in waitpid(-1): the child must not end before
             # its pidfd is open.
-            self._main_pidfd = fds.own(os.pidfd_open(pid))
-            stat = proof.read_stat(pid)
+            with step("pidfd"):
+                self._main_pidfd = fds.own(os.pidfd_open(pid))
+            with step("proc"):
+                stat = proof.read_stat(pid)
             self._main_start = stat.start_time if stat else 0
+            os.set_blocking(reader, False)
             self._register(command, pid)
+            self._report = fds.own(reader)
+            pipes.remove(reader)
             os.write(opener, b"g")
-        except OSError:
-            os.close(reader)
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for fd in (writer, gate, opener):
-                os.close(fd)
-            if pid > 0 and self._main_pidfd < 0:
+            self.pid = pid
+        except BaseException:
+            while pipes:
+                os.close(pipes.pop())
+            if pid > 0:
                 # Its gate is closed, so it ends at once, and nobody else will reap it.
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
-        self.pid = pid
-        self._report = fds.own(reader)
-        os.set_blocking(self._report, False)
+            self._forget_child()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for fd in pipes:
+                os.close(fd)
+
+    def _forget_child(self) -> None:
+        """What there is of ours for a child that never was the main process."""
+        self._unregister()
+        for fd in (self._main_pidfd, self._report):
+            if fd >= 0:
+                fds.close(fd)
+        self._main_pidfd = self._report = -1
 
     def _register(self, command: Command, pid: int) -> None:
         """Nobody but us can hold the entry, so it is of use when we die, and not before."""
@@ -214,20 +233,37 @@ class GroupContained(Contained):
             return
         self._main_exited = True
         members = self._find()
-        leftovers = tuple(to_member(stat, 0) for _, stat in members[:MEMBERS_REPORTED])
-        self._watch(members)
-        self._owner.happened(
-            Event.MAIN_EXITED, status=status, leftovers=leftovers, empty=not leftovers
-        )
+        leftovers = tuple(to_member(stat, 0) for _, stat in (members or ())[:MEMBERS_REPORTED])
+        self._watch(members or [])
+        # What cannot be looked up may be there.
+        empty = members is not None and not members
+        self._owner.happened(Event.MAIN_EXITED, status=status, leftovers=leftovers, empty=empty)
         self._look_for_empty()
 
     def _search(self) -> Search:
         main = None if self._reaped else self.pid
         return Search(self.pid, self._main_pidfd, main, self._main_start, self.tree_id)
 
-    def _find(self) -> list[tuple[int, Stat]]:
-        """Everything that bears a mark of the tree, the main process left out."""
-        return find(self._search())
+    def _find(self) -> list[tuple[int, Stat]] | None:
+        """Everything that bears a mark of the tree, the main process left out; None when we have
+        not the descriptors or the memory to say."""
+        try:
+            return find(self._search())
+        except OSError as error:
+            if not self._unsearchable:
+                self._unsearchable = True
+                number = errno_name(error.errno or 0)
+                events.warning("tree.unsearchable", tree_id=self.tree_id, errno=number)
+            return None
+
+    def _again(self, function: Callable[[], None]) -> None:
+        """After a want of descriptors or memory, which is as a rule a short one."""
+
+        def unless_closed() -> None:
+            if not self._closed:
+                function()
+
+        self._loop.call_later(AGAIN_SECONDS, unless_closed)
 
     def _watch(self, members: list[tuple[int, Stat]]) -> None:
         """Their ends are events from now on. Once the tree gets SIGKILL, whoever is new was forked
@@ -248,12 +284,21 @@ class GroupContained(Contained):
             self._loop.post(self._watch_new)
 
     def _watch_new(self) -> None:
-        if not self._empty and not self._closed:
-            self._watch(self._find())
+        if self._empty or self._closed:
+            return
+        members = self._find()
+        if members is None:
+            self._again(self._watch_new)
+        else:
+            self._watch(members)
 
     def _member_ended(self, pidfd: int, _mask: int) -> None:
         _, stat = self._watched[pidfd]
-        if held_by_tracer(stat) is not None:
+        try:
+            held = held_by_tracer(stat) is not None
+        except OSError:
+            held = True  # it is looked at again before the tree is called empty
+        if held:
             self._traced.append(stat)
         self._forget(pidfd)
         self._look_for_empty()
@@ -269,10 +314,17 @@ class GroupContained(Contained):
         if not self._main_exited or self._watched or self._empty or self._closed:
             return
         members = self._find()
+        if members is None:
+            self._again(self._look_for_empty)
+            return
         if members:
             self._watch(members)
             return
-        self._traced = [stat for stat in self._traced if held_by_tracer(stat) is not None]
+        try:
+            self._traced = [stat for stat in self._traced if held_by_tracer(stat) is not None]
+        except OSError:
+            self._again(self._look_for_empty)
+            return
         if self._traced or not self._reap():
             self._look_again(self._look_for_empty)
             return
@@ -335,22 +387,48 @@ class GroupContained(Contained):
 
     def send(self, stage: Stage, *, resume: bool) -> int:
         self._serial += 1
-        serial = self._serial
-        count, denied = self._send(stage, resume=resume)
-        self._owner.sent(serial, count, denied)
+        self._send(self._serial, stage, resume)
         self._loop.post(self._look_for_empty)
-        return serial
+        return self._serial
 
-    def _send(self, stage: Stage, *, resume: bool) -> tuple[int, int]:
+    def _send(self, serial: int, stage: Stage, resume: bool) -> None:
         if stage.scope is Scope.MAIN:
-            return self._send_main(stage, resume=resume)
+            self._owner.sent(serial, *self._send_main(stage, resume=resume))
+            return
         self._killing |= stage.ends_everything
-        members = self._find()
+        members = None if self._unsent else self._find()
         main = self._main_stat()
         group_done = self._signal_group(stage.signal)
-        count, denied = int(group_done and not self._main_exited), 0
+        count = int(group_done and not self._main_exited)
         if group_done and resume:
             _resume(self._main_pidfd, main)
+        if members is None:
+            # In the order in which it was asked for: a SIGSTOP must not come after its SIGCONT.
+            self._unsent.append((serial, stage, resume, group_done, count))
+            self._owner.sent(serial, count, 0)
+            if len(self._unsent) == 1:
+                self._again(self._send_unsent)
+            return
+        self._send_members(members, serial, stage, resume, group_done, count)
+
+    def _send_unsent(self) -> None:
+        while self._unsent:
+            members = self._find()
+            if members is None:
+                self._again(self._send_unsent)
+                return
+            self._send_members(members, *self._unsent.popleft())
+
+    def _send_members(
+        self,
+        members: list[tuple[int, Stat]],
+        serial: int,
+        stage: Stage,
+        resume: bool,
+        group_done: bool,
+        count: int,
+    ) -> None:
+        denied = 0
         for pidfd, stat in members:
             in_group = stat.pgrp == self.pid
             if stage.scope is Scope.GROUP and not in_group:
@@ -366,7 +444,7 @@ class GroupContained(Contained):
                 denied += 1
                 self._denied(stat.pid, error)
         self._watch(members)
-        return count, denied
+        self._owner.sent(serial, count, denied)
 
     def _send_main(self, stage: Stage, *, resume: bool) -> tuple[int, int]:
         if self._main_exited or self._main_pidfd < 0:
@@ -383,26 +461,37 @@ class GroupContained(Contained):
         return 1, 0
 
     def _main_stat(self) -> Stat | None:
-        """As long as it has not ended."""
-        return None if self._main_exited or self.pid is None else proof.read_stat(self.pid)
+        """As long as it has not ended, and we have what is needed to see it."""
+        with contextlib.suppress(OSError):
+            return None if self._main_exited or self.pid is None else proof.read_stat(self.pid)
+        return None
 
     def set_frozen(self, frozen: bool) -> None:
-        self._send(Stage(signal.SIGSTOP if frozen else signal.SIGCONT), resume=False)
+        self.send(Stage(signal.SIGSTOP if frozen else signal.SIGCONT), resume=False)
 
     def survey(self) -> None:
-        members = self._find()
-        survivors = [
-            to_member(stat, _signal_error(pidfd)) for pidfd, stat in members[:MEMBERS_REPORTED]
-        ]
-        survivors += filter(None, map(held_by_tracer, self._traced))
-        if not self._main_exited and self.pid is not None:
-            main = proof.read_stat(self.pid)
-            if main is not None:
-                survivors.insert(0, to_member(main, 0))
-        for pidfd, _ in members:
-            os.close(pidfd)
-        result = tuple(survivors)
-        self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=result))
+        try:
+            survivors = self._survivors()
+        except OSError:
+            self._again(self.survey)
+            return
+        self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=survivors))
+
+    def _survivors(self) -> tuple[Member, ...]:
+        members = find(self._search())
+        try:
+            survivors = [
+                to_member(stat, _signal_error(pidfd)) for pidfd, stat in members[:MEMBERS_REPORTED]
+            ]
+            survivors += filter(None, map(held_by_tracer, self._traced))
+            if not self._main_exited and self.pid is not None:
+                main = proof.read_stat(self.pid)
+                if main is not None:
+                    survivors.insert(0, to_member(main, 0))
+        finally:
+            for pidfd, _ in members:
+                os.close(pidfd)
+        return tuple(survivors)
 
     def sweep(self) -> None:
         """SIGKILL to whatever can be found: to a main process also that has not executed its
@@ -410,7 +499,10 @@ class GroupContained(Contained):
         search = self._search()._replace(root=None, root_pidfd=-1)
 
         def work() -> None:
-            _ended, survivors = sweep(search)
+            try:
+                _ended, survivors = sweep(search)
+            except OSError:
+                return  # who is there cannot be said, and the lifecycle's timer reports that
             self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=survivors))
 
         Worker().post(work)

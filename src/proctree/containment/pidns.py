@@ -65,6 +65,8 @@ class PidnsContained(WardenContained):
                 theirs.set_inheritable(True)
                 arguments = [b"proctree-init", b"control=%d" % theirs.fileno(), b"beinit=1"]
                 os.execv(warden_path(), arguments)
+            except OSError as failed:
+                theirs.send(_READY.pack(failed.errno or 0, step_number("exec")))
             finally:
                 os._exit(127)
         theirs.close()

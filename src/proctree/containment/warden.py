@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
@@ -25,7 +26,7 @@ from proctree.containment.base import (
     Wanted,
     proc_trouble,
 )
-from proctree.errors import ContainmentUnavailable, errno_name, start_error
+from proctree.errors import ContainmentUnavailable, errno_name, start_error, step
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
 from proctree.policy import KillPolicy, Scope, Stage
@@ -43,6 +44,10 @@ WARDEN_VARIABLE = "PROCTREE_WARDEN"
 
 TRACER_PAUSE = 1.0
 """Seconds until a warden that has ended and is held by a tracer is looked at again."""
+
+SAY_AGAIN_SECONDS = 0.02
+UNSAID_MAX = 256
+"""How often a message that could not be sent is sent again, and how many wait at most."""
 
 _DEFAULT_PATH = os.path.join(os.path.dirname(os.path.dirname(__file__)), "proctree-warden")
 _found: set[tuple[int, str]] = set()
@@ -93,6 +98,8 @@ class WardenContained(Contained):
         self._warden = -1
         self._pidfd = -1
         self._control: socket.socket | None = None
+        self._unsaid: deque[bytes] = deque(maxlen=UNSAID_MAX)
+        self._unreachable = False
         self._loop: Loop
         self._owner: Owner
         self._command: Command
@@ -123,7 +130,8 @@ class WardenContained(Contained):
 
     def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
         self._command = command
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with step("control"):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control = fds.above_stdio(theirs.detach())
         try:
             ours.setblocking(False)
@@ -132,10 +140,12 @@ class WardenContained(Contained):
                 self._warden = self._spawn_command(command, stdio, control)
             else:
                 self._warden = self._fork_callable(command, stdio, control)
-            self._pidfd = fds.own(os.pidfd_open(self._warden))
+            with step("pidfd"):
+                self._pidfd = fds.own(os.pidfd_open(self._warden))
             # The warden waits for this message, so it was alive when its pidfd was opened, and the
             # pidfd cannot be that of a process which was given its number.
-            with contextlib.suppress(OSError):  # it is gone already: its end is read in attach()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError), step("control"):
+                # One that is gone already has said why, which is read in attach().
                 ours.send(protocol.encode_start(policy.stages))
             self._control = ours
         except BaseException:
@@ -144,6 +154,9 @@ class WardenContained(Contained):
                 # It had no START, so it ends at this end of file, and nobody else will reap it.
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(self._warden, 0)
+            if self._pidfd >= 0:
+                fds.close(self._pidfd)
+                self._pidfd = -1
             raise
         finally:
             os.close(control)
@@ -185,13 +198,14 @@ class WardenContained(Contained):
         group = {} if command.new_session else {"setpgroup": 0}
         # posix_spawn(3) uses CLONE_VFORK: its cost does not grow with our memory, and no Python
         # runs between fork and exec.
-        return os.posix_spawn(
-            warden_path(),
-            [*arguments, b"--", *command.argv],
-            command.env,
-            file_actions=actions,
-            **group,  # type: ignore[arg-type]
-        )
+        with step("warden"):
+            return os.posix_spawn(
+                warden_path(),
+                [*arguments, b"--", *command.argv],
+                command.env,
+                file_actions=actions,
+                **group,  # type: ignore[arg-type]
+            )
 
     def _fork_callable(self, command: Command, stdio: Descriptors, control: int) -> int:
         """We fork once; that child forks the callable and becomes its warden by exec."""
@@ -203,7 +217,8 @@ class WardenContained(Contained):
         # Nothing may interrupt the children before they have put their signals in order.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            pid = os.fork()
+            with step("fork"):
+                pid = os.fork()
             if pid == 0:
                 self._become_warden(path, arguments, command, stdio, control, calls)
         finally:
@@ -222,7 +237,8 @@ class WardenContained(Contained):
         """In the forked child: forks the callable, then execs the warden over this process.
 
         The subreaper flag is set before the callable exists, so that nothing it starts can get
-        away, and survives exec, as children do.
+        away, and survives exec, as children do. The callable is not called before its warden says
+        so: until then there is nobody who could end what it starts.
         """
         from proctree.process import child
 
@@ -232,7 +248,7 @@ class WardenContained(Contained):
             calls.set_child_subreaper(True)
             self._prepare_callable()
             reader, writer = os.pipe()
-            # It is closed by our exec: before that has succeeded, the callable does not begin.
+            # The callable does not begin before its warden lets it.
             hold, release = os.pipe()
             parent = os.getpid() if self.parent_visible else None
             pid = os.fork()
@@ -250,8 +266,10 @@ class WardenContained(Contained):
             os.close(writer)
             report = os.read(reader, child.REPORT.size)
             if not report:
-                os.set_inheritable(control, True)
-                arguments = [*arguments, *self._callable_arguments(), b"adopt=%d" % pid]
+                for fd in (control, release):
+                    os.set_inheritable(fd, True)
+                adopt = [b"adopt=%d" % pid, b"gate=%d" % release]
+                arguments = [*arguments, *self._callable_arguments(), *adopt]
                 step = "exec"
                 os.execve(path, arguments, command.env)
         except child.StepFailed as failed:
@@ -475,17 +493,26 @@ class WardenContained(Contained):
     # -- what we say
 
     def _say(self, data: bytes) -> None:
-        if self._control is None:
-            return
-        try:
-            self._control.send(data)
-        except BrokenPipeError:
-            pass  # it has just ended: what it said last, or its end of file, is on its way
-        except OSError as error:
-            # Full, for a warden that does not read: the timers of the lifecycle take it from here.
-            events.warning(
-                "warden.unreachable", tree_id=self.tree_id, errno=errno_name(error.errno or 0)
-            )
+        self._unsaid.append(data)
+        if len(self._unsaid) == 1:
+            self._say_all()
+
+    def _say_all(self) -> None:
+        while self._unsaid and self._control is not None:
+            try:
+                self._control.send(self._unsaid[0])
+            except (BrokenPipeError, ConnectionResetError):
+                return  # it has just ended: what it said last, or its end of file, is on its way
+            except OSError as error:
+                # Full, for a warden that does not read, or there is no memory for the message. A
+                # SIGKILL that was not sent would make survivors of those that it was for.
+                if not self._unreachable:
+                    self._unreachable = True
+                    number = errno_name(error.errno or 0)
+                    events.warning("warden.unreachable", tree_id=self.tree_id, errno=number)
+                self._loop.call_later(SAY_AGAIN_SECONDS, self._say_all)
+                return
+            self._unsaid.popleft()
 
     def _next_serial(self) -> int:
         self._serial += 1
@@ -510,7 +537,7 @@ class WardenContained(Contained):
         self._said_empty = True
 
     def sweep(self) -> None:
-        from proctree.process.sweep import Search, sweep
+        from proctree.process.sweep import Search, patiently, sweep
         from proctree.worker import Worker
 
         self._lost = True
@@ -524,14 +551,25 @@ class WardenContained(Contained):
         )
 
         def work() -> None:
-            inside = self._end_at_once()
-            _ended, marked = sweep(search)
+            try:
+                inside = patiently(self._end_at_once)
+                _ended, marked = sweep(search)
+            except OSError as error:
+                # Who is there cannot be said, and the lifecycle's timer reports that. A warden that
+                # still lives has its orphan plan.
+                number = errno_name(error.errno or 0)
+                events.warning("tree.unsearchable", tree_id=self.tree_id, errno=number)
+                return
             found = {(member.pid, member.start_time): member for member in (*inside, *marked)}
             survivors = tuple(found.values())
-            self._kill_warden()
             if self._entry is not None and not survivors:
                 registry.forget(self._entry)
-            self._loop.post(lambda: self._when_reaped(lambda: say(survivors)))
+            self._loop.post(lambda: swept(survivors))
+
+        def swept(survivors: tuple[Member, ...]) -> None:
+            self._kill_warden()
+            if self._owner is not NOBODY:  # given up meanwhile: close() reaps it
+                self._when_reaped(lambda: say(survivors))
 
         def say(survivors: tuple[Member, ...]) -> None:
             self._owner.happened(Event.SURVEYED, survivors=survivors)

@@ -8,6 +8,7 @@ one writer, the manager, unless it has delegated it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -279,26 +280,36 @@ def pids_in(path: str) -> list[int]:
     return list(_members(path))
 
 
+_GONE = (errno.ENOENT, errno.ENODEV)
+AGAIN_SECONDS = 0.02
+"""After which what failed for want of descriptors or memory is tried again."""
+
+
 def end(path: str, seconds: float) -> bool:
     """SIGKILL to all that is in the cgroup `path` and below it, and its removal. Returns whether it
     is gone; after `seconds` it is given up."""
-    try:
-        events_fd = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return not os.path.isdir(path)
     limit = time.monotonic() + seconds
+    while True:
+        try:
+            if _end(path, limit):
+                return True
+        except OSError as error:
+            if error.errno in _GONE:
+                return True
+        if time.monotonic() >= limit:
+            return False
+        time.sleep(AGAIN_SECONDS)
+
+
+def _end(path: str, limit: float) -> bool:
+    events_fd = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while True:
-            try:
-                _write(f"{path}/cgroup.kill", "1")
-            except OSError:
-                _kill_members(path)
-            if _wait_unpopulated(events_fd, min(0.2, seconds)):
-                break
-            if time.monotonic() >= limit:
-                return False
-    except OSError:  # removed meanwhile: ENODEV
-        return True
+        try:
+            _write(f"{path}/cgroup.kill", "1")
+        except OSError:
+            _kill_members(path)
+        if not _wait_unpopulated(events_fd, min(0.2, max(0.0, limit - time.monotonic()))):
+            return False
     finally:
         os.close(events_fd)
     return remove(path)
@@ -347,4 +358,8 @@ def remove(path: str) -> bool:
         finally:
             os.close(fd)
         os.rmdir(path)
-    return not os.path.isdir(path)
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    return False

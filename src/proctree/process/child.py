@@ -241,7 +241,8 @@ def run_forked(
         cgroup: the directory of the cgroup to move to, or None.
 
     With a `gate` it begins when a byte comes through: until then the parent can be certain that the
-    number which fork gave it is this process, whoever else waits for its children.
+    number which fork gave it is this process, whoever else waits for its children. With `hold` a
+    callable is called when a byte comes through that.
 
     `report` is closed when it has become what it is to be (for a command: by exec), after a failure
     it is written to first.
@@ -271,7 +272,8 @@ def run_forked(
                 execute(command)
             os.close(report)
             if hold is not None:
-                os.read(hold, 1)
+                if not os.read(hold, 1):
+                    os._exit(127)  # there is no warden
                 os.close(hold)
         except StepFailed as failed:
             os.write(report, REPORT.pack(failed.error, step_number(failed.step)))

@@ -41,6 +41,11 @@ def close(fd: int) -> None:
     os.close(fd)
 
 
+def disown(fd: int) -> None:
+    """Forgets an owned descriptor that somebody else closes."""
+    _owned.discard(fd)
+
+
 def above_stdio(fd: int) -> int:
     """The same file at a number above 2; `fd` itself is closed if it had to move.
 
@@ -49,9 +54,10 @@ def above_stdio(fd: int) -> int:
     """
     if fd > 2:
         return fd
-    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    os.close(fd)
-    return moved
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
 
 
 def pipe() -> tuple[int, int]:

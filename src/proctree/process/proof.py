@@ -8,6 +8,7 @@ process: nobody gets it.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from typing import NamedTuple
@@ -49,12 +50,27 @@ def parse_stat(data: bytes) -> Stat | None:
     return Stat(pid, name, fields[0].decode(), ppid, pgrp, session, threads, start_time)
 
 
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+
+
+def _pass_shortage(error: OSError) -> None:
+    """A want of descriptors or memory of ours says nothing about a process: one that lives must not
+    look as if it were gone."""
+    if error.errno in _SHORTAGES:
+        raise error
+
+
 def read_stat(pid: int) -> Stat | None:
-    """None when there is no such process (any more)."""
+    """None when there is no such process (any more).
+
+    Raises:
+        OSError: descriptors or memory are short, so that it cannot be said.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             return parse_stat(file.read())
-    except OSError:
+    except OSError as error:
+        _pass_shortage(error)
         return None
 
 
@@ -71,11 +87,16 @@ def read_tracer(pid: int) -> int:
 
 
 def read_environ(pid: int) -> bytes | None:
-    """The environment that a process was started with; None when it may not be read."""
+    """The environment that a process was started with; None when it may not be read.
+
+    Raises:
+        OSError: as `read_stat`.
+    """
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return file.read()
-    except OSError:
+    except OSError as error:
+        _pass_shortage(error)
         return None
 
 
@@ -89,9 +110,15 @@ def in_environ(environ: bytes, variable: bytes, component: bytes) -> bool:
 
 
 def open_pidfd(pid: int) -> int | None:
+    """None when there is no such process (any more).
+
+    Raises:
+        OSError: as `read_stat`.
+    """
     try:
         return os.pidfd_open(pid)
-    except OSError:
+    except OSError as error:
+        _pass_shortage(error)
         return None
 
 
@@ -110,6 +137,9 @@ def is_below(pid: int, root: int, depth: int = 0) -> bool:
     """Whether `pid` descends from `root`, whose number the caller keeps from being reused.
 
     "P is its parent" counts only when it names P while a pidfd of P says that P was not reaped.
+
+    Raises:
+        OSError: as `read_stat`.
     """
     stat = read_stat(pid)
     if stat is None or depth > CLIMB_MAX:

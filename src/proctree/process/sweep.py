@@ -15,8 +15,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 from proctree.command import TREE_VARIABLE
 from proctree.process import cgroups, proof
@@ -109,12 +109,29 @@ up for ever."""
 def find(search: Search) -> list[tuple[int, Stat]]:
     """The living members: a pidfd each, which the caller closes, and what they were seen as.
 
-    Who forks and ends after /proc was listed and before its turn has come leaves a child that is
-    not in the list. So it is listed until nobody is new: everybody who lives then has been looked
-    at, and whoever could still fork has been found.
+    Raises:
+        OSError: descriptors or memory are short, so that it cannot be said who is there.
     """
-    root_held = search.root_pidfd >= 0 and proof.holds_number(search.root_pidfd)
     found: list[tuple[int, Stat]] = []
+    try:
+        _find(search, found)
+    except BaseException:
+        _close_all(found)
+        raise
+    return found
+
+
+def _close_all(found: list[tuple[int, Stat]]) -> None:
+    for pidfd, _ in found:
+        with contextlib.suppress(OSError):
+            os.close(pidfd)
+
+
+def _find(search: Search, found: list[tuple[int, Stat]]) -> None:
+    """Who forks and ends after /proc was listed and before its turn has come leaves a child that is
+    not in the list. So it is listed until nobody is new: everybody who lives then has been looked
+    at, and whoever could still fork has been found."""
+    root_held = search.root_pidfd >= 0 and proof.holds_number(search.root_pidfd)
     undecided: list[int] = []
     seen: set[int] = set()
     looks = 0
@@ -128,11 +145,10 @@ def find(search: Search) -> list[tuple[int, Stat]]:
         seen.update(new)
         undecided = _look(search, [*undecided, *new], found, root_held=root_held)
     if found:
-        _find_children(search, found)
-    return found
+        _find_children(found)
 
 
-def _find_children(search: Search, found: list[tuple[int, Stat]]) -> None:
+def _find_children(found: list[tuple[int, Stat]]) -> None:
     """What is below a member is a member, even without any mark of its own."""
     known = {stat.pid for _, stat in found}
     new = True
@@ -143,17 +159,37 @@ def _find_children(search: Search, found: list[tuple[int, Stat]]) -> None:
             if stat is None or stat.dead or stat.ppid not in known or pid == os.getpid():
                 continue
             parent = next(fd for fd, member in found if member.pid == stat.ppid)
-            pidfd = proof.open_pidfd(pid)
-            if pidfd is None:
-                continue
-            again = proof.read_stat(pid)
-            # The parent's number is its own while its pidfd says that it was not reaped.
-            if again is not None and again.ppid == stat.ppid and proof.holds_number(parent):
-                found.append((pidfd, again))
-                known.add(pid)
-                new = True
-            else:
-                os.close(pidfd)
+            with _Candidate(pid) as candidate:
+                again = candidate.look()
+                # The parent's number is its own while its pidfd says that it was not reaped.
+                if again is not None and again.ppid == stat.ppid and proof.holds_number(parent):
+                    found.append((candidate.keep(), again))
+                    known.add(pid)
+                    new = True
+
+
+class _Candidate:
+    """A pidfd that is closed unless it is kept."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._pidfd = proof.open_pidfd(pid)
+
+    def look(self) -> Stat | None:
+        """Behind the pidfd: only what is true now is about the process that it names."""
+        return None if self._pidfd is None else proof.read_stat(self._pid)
+
+    def keep(self) -> int:
+        pidfd, self._pidfd = self._pidfd, None
+        assert pidfd is not None
+        return pidfd
+
+    def __enter__(self) -> _Candidate:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
 
 
 def _look(
@@ -165,32 +201,53 @@ def _look(
         stat = proof.read_stat(pid)
         if stat is None or stat.dead or stat.start_time < search.main_start:
             continue
-        pidfd = proof.open_pidfd(pid)
-        if pidfd is None:
-            continue
-        member = False
-        # Read again behind the pidfd: only what is true now is about the process that it names.
-        now = proof.read_stat(pid)
-        try:
-            same = now is not None and now.start_time == stat.start_time
-            member = same and belongs(search, now or stat, root_held=root_held)
-        except _Undecided:
-            undecided.append(pid)
-        if member:
-            found.append((pidfd, now or stat))
-        else:
-            os.close(pidfd)
+        with _Candidate(pid) as candidate:
+            now = candidate.look()
+            if now is None or now.start_time != stat.start_time:
+                continue
+            try:
+                if belongs(search, now, root_held=root_held):
+                    found.append((candidate.keep(), now))
+            except _Undecided:
+                undecided.append(pid)
     return undecided
+
+
+AGAIN_SECONDS = 0.02
+"""After which what failed for want of descriptors or memory is tried again."""
+
+
+T = TypeVar("T")
+
+
+def patiently(function: Callable[[], T]) -> T:
+    """Calls it again as long as descriptors or memory are short.
+
+    Raises:
+        OSError: they are after 5 s.
+    """
+    deadline = time.monotonic() + SWEEP_SECONDS
+    while True:
+        try:
+            return function()
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(AGAIN_SECONDS)
 
 
 def sweep(search: Search) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
     """SIGKILL to every member until a search finds none. Returns what was ended, and what is still
-    there after 5 s."""
+    there after 5 s.
+
+    Raises:
+        OSError: as `find`, for all of the 5 s.
+    """
     deadline = time.monotonic() + SWEEP_SECONDS
     errors: dict[int, int] = {}
     ended: dict[tuple[int, int], Member] = {}
     while True:
-        found = find(search)
+        found = patiently(lambda: find(search))
         try:
             if not found or time.monotonic() >= deadline:
                 left = [to_member(stat, errors.get(stat.pid, 0)) for _, stat in found]
@@ -203,9 +260,7 @@ def sweep(search: Search) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
                 ended[stat.pid, stat.start_time] = to_member(stat, 0)
             _wait_any(found, min(1.0, max(deadline - time.monotonic(), 0.0)))
         finally:
-            for pidfd, _ in found:
-                with contextlib.suppress(OSError):
-                    os.close(pidfd)
+            _close_all(found)
 
 
 def held_by_tracer(seen: Stat | Member) -> Member | None:
@@ -235,7 +290,12 @@ def _wait_any(found: list[tuple[int, Stat]], seconds: float) -> None:
         waiting.add(pidfd)
     end = time.monotonic() + seconds
     while waiting and (left := end - time.monotonic()) > 0:
-        for pidfd, _ in poller.poll(left * 1000):
+        try:
+            ready = poller.poll(left * 1000)
+        except OSError:  # ENOMEM: the caller looks again
+            time.sleep(AGAIN_SECONDS)
+            return
+        for pidfd, _ in ready:
             poller.unregister(pidfd)
             waiting.discard(pidfd)
 
@@ -253,8 +313,14 @@ def _members(pids: list[int]) -> tuple[Member, ...]:
 
 def end_cgroup(path: str, seconds: float) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
     """Ends all that is in a cgroup, and the cgroup. Returns what was ended, and what is still there
-    after so many seconds."""
-    inside = _members(cgroups.pids_in(path))
+    after so many seconds.
+
+    Raises:
+        OSError: descriptors or memory are short, so that it cannot be said who is there.
+    """
+    inside: tuple[Member, ...] = ()
+    with contextlib.suppress(OSError):  # what cannot be named can be ended
+        inside = _members(cgroups.pids_in(path))
     gone = cgroups.end(path, seconds)
     left = [] if gone else list(_members(cgroups.pids_in(path)))
     left += filter(None, map(held_by_tracer, inside))

@@ -1,0 +1,252 @@
+"""A supervisor that is run so that its system calls can be made to fail: test_syscall_faults.py.
+
+It is told what to do by lines of JSON on its standard input and answers each by one on its standard
+output. Between the two lines, and only there, strace(1) may be attached to it. What it needs for
+talking it does by readv(2) and writev(2), which are no part of what is tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import psutil
+
+import proctree
+from proctree import KillPolicy, Stage, WatchedSubprocess, registry
+from proctree.process import proof
+
+ACTORS, CONTAINMENT, KIND = sys.argv[1:4]
+POLICY = KillPolicy((Stage(15, 0.05), Stage(9, 2.0)))
+LEAVE_SECONDS = 15.0
+"""How long something that is ending may take to be gone."""
+
+events: list[str] = []
+
+
+class _Events:
+    """What proctree logs; it goes to the standard library's logging as structlog is not set up."""
+
+    def __init__(self) -> None:
+        import logging
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                text = record.getMessage()
+                if record.exc_info:
+                    text += "\n" + logging.Formatter().formatException(record.exc_info)
+                events.append(text)
+
+        logger = logging.getLogger("proctree")
+        logger.addHandler(Handler())
+        logger.propagate = False
+
+
+def _say(message: dict[str, Any]) -> None:
+    left = json.dumps(message).encode() + b"\n"
+    while left:
+        left = left[os.writev(1, [left]) :]
+
+
+def _hear() -> dict[str, Any]:
+    line = b""
+    piece = bytearray(1)
+    while not line.endswith(b"\n"):
+        if os.readv(0, [piece]) == 0:
+            raise SystemExit
+        line += piece
+    return json.loads(line)
+
+
+class Scenario:
+    """What can be prepared without proctree is made before strace is attached."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.reader, self.writer = os.pipe()
+        os.set_inheritable(self.writer, True)
+        self.handle: WatchedSubprocess | None = None
+        self.ready = False
+
+    def _family(self) -> list[str]:
+        return [ACTORS, "family", str(self.writer)]
+
+    def _call(self) -> None:
+        argv = self._family()
+        os.posix_spawn(argv[0], argv, os.environ)
+        signal.pause()
+
+    def start(self) -> None:
+        target = self._family() if KIND == "command" else self._call
+        self.handle = WatchedSubprocess(
+            target,
+            containment=CONTAINMENT,
+            stdout=proctree.CAPTURE,
+            stderr=proctree.Lines(self.lines.append),
+            stdin=b"in\n",
+            pass_fds=[self.writer],
+            kill=POLICY,
+        )
+        self.handle.launch()
+        os.close(self.writer)
+        self.writer = -1
+        # End of file: the tree has ended before it had begun.
+        self.ready = os.readv(self.reader, [bytearray(6)]) > 0
+
+    def finish(self) -> dict[str, Any]:
+        assert self.handle is not None
+        outcome = self.handle.wait()
+        assert outcome is not None
+        fields = outcome.as_dict()
+        return {"outcome": fields, "ready": self.ready, "lines": self.lines}
+
+    def leaf(self) -> str | None:
+        """The directory of the tree's cgroup."""
+        contained = None if self.handle is None else self.handle._tree.contained
+        return getattr(contained, "cgroup", None)
+
+    def close(self) -> None:
+        for fd in (self.reader, self.writer):
+            if fd >= 0:
+                os.close(fd)
+
+
+def run_tree(scenario: Scenario) -> dict[str, Any]:
+    """A whole life: all that can be asked of a tree."""
+    scenario.start()
+    handle = scenario.handle
+    assert handle is not None
+    handle.signal(signal.SIGWINCH, "tree")
+    handle.signal(signal.SIGWINCH, "main")
+    handle.freeze()
+    handle.thaw()
+    handle.kill(reason="enough")
+    return scenario.finish()
+
+
+def run_lost(scenario: Scenario) -> dict[str, Any]:
+    """What holds the tree is killed."""
+    handle = scenario.handle
+    assert handle is not None
+    root = handle._tree.contained.root()
+    assert root is not None
+    os.kill(root, signal.SIGKILL)
+    return scenario.finish()
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "errno": getattr(error, "errno", None),
+        "text": str(error),
+        "notes": getattr(error, "__notes__", []),
+        "is_os_error": isinstance(error, OSError),
+    }
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def _children() -> list[str]:
+    """Zombies too: a process that nobody reaps is a leak."""
+    found = []
+    for process in psutil.Process().children():
+        stat = proof.read_stat(process.pid)
+        if stat is not None:
+            found.append(f"{stat.pid} {stat.name} {stat.state}")
+    return found
+
+
+def _files(leaf: str | None) -> list[str]:
+    """Entries in the registry, which is ours alone here, and the cgroup of the tree."""
+    found = os.listdir(folder) if os.path.isdir(folder := registry.default_directory()) else []
+    return found + ([leaf] if leaf is not None and os.path.isdir(leaf) else [])
+
+
+def _opened(before: dict[str, str]) -> list[str]:
+    found = {fd: name for fd, name in _descriptors().items() if fd not in before}
+    # The loop's own, which come with the first tree and stay.
+    for own in ("anon_inode:[eventpoll]", "anon_inode:[eventfd]"):
+        if own not in before.values():
+            fd = next((fd for fd, name in found.items() if name == own), None)
+            found.pop(fd or "", None)
+    return [f"{fd} {name}" for fd, name in found.items()]
+
+
+def check(before: dict[str, str], leaf: str | None, *, known: bool) -> dict[str, Any]:
+    """What was left behind, and whether a next tree is any worse for it. With `known` the outcome
+    has said that something is left, and then nobody waits for it to go."""
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while True:
+        opened, children, files = _opened(before), _children(), _files(leaf)
+        if not (opened or children or files) or known or time.monotonic() > deadline:
+            break
+        time.sleep(0.005)  # the loop closes what is late, and tells nobody
+    outcome = proctree.run(
+        ["/bin/echo", "next"], stdout=proctree.CAPTURE, containment=CONTAINMENT, timeout=30
+    )
+    return {
+        "opened": opened,
+        "children": children,
+        "files": files,
+        "next": "" if outcome.ok and outcome.stdout == b"next\n" else repr(outcome),
+    }
+
+
+def main() -> None:
+    _Events()
+    warm = "cold" not in sys.argv
+    if warm:
+        # What is imported and made once is not what is tested here.
+        proctree.run(["true"], containment=CONTAINMENT)
+        scenario = Scenario()
+        run_tree(scenario)
+        scenario.close()
+        from proctree.process import sweep  # noqa: F401
+
+    before = _descriptors()
+    while True:
+        task = _hear()
+        os.environ.update(task["environment"])
+        events.clear()
+        scenario = Scenario()
+        answer: dict[str, Any] = {}
+        if task["do"] == "lost":
+            scenario.start()
+        if task["pause"]:
+            _say({"loop": _loop_thread()})
+            _hear()
+        try:
+            answer = run_lost(scenario) if task["do"] == "lost" else run_tree(scenario)
+        except (OSError, RuntimeError, MemoryError, proctree.ProctreeError) as error:
+            answer = {"error": _failure(error)}
+        finally:
+            scenario.close()
+        _say(answer)
+        _hear()
+        for name in task["environment"]:
+            del os.environ[name]
+        outcome = answer.get("outcome", {})
+        left = outcome.get("survivors") or "something may be left" in outcome.get("detail", "")
+        leaf = scenario.leaf()
+        _say({**check(before, leaf, known=bool(left)), "leaf": leaf, "events": list(events)})
+
+
+def _loop_thread() -> int | None:
+    from proctree import loop
+
+    return loop.get()._thread.native_id if loop.exists() else None
+
+
+if __name__ == "__main__":
+    main()
