@@ -385,21 +385,25 @@ def test_a_callable(containment: str) -> None:
 def test_a_callable_that_ends_before_its_warden_is_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its SIGCHLD came too early for anybody to see."""
+    """It does not begin before, but it may be killed: its SIGCHLD came too early for anybody to
+    see."""
     late = tmp_path / "late-warden"
     late.write_text(
         f"""#!/bin/sh
         for argument; do
             case $argument in adopt=*) pid=${{argument#adopt=}} ;; esac
         done
+        kill -9 $pid
         until read -r _ _ state _ </proc/$pid/stat && [ "$state" = Z ]; do :; done
         exec {warden_path()} "$@"
         """
     )
     late.chmod(0o755)
     monkeypatch.setenv(WARDEN_VARIABLE, str(late))
-    outcome = proctree.run(lambda: os._exit(3), containment="warden")
-    assert outcome.returncode == 3
+    ran = tmp_path / "ran"
+    outcome = proctree.run(ran.touch, containment="warden")
+    assert (outcome.returncode, outcome.reason) == (-9, Reason.SIGNALED)
+    assert not ran.exists()
 
 
 def test_a_callable_that_raises(containment: str) -> None:
