@@ -493,47 +493,67 @@ DENSE = {
     Place("loop", "group", "command"),
     Place("warden", "warden", "command"),
 }
-"""What the other places share most of with one of these."""
+"""The other places share most of what they do with one of these."""
+
+
+def spread(place: Place) -> tuple[float, ...]:
+    """Which parts of a tree's life are sampled; a callable differs in how it starts."""
+    if place in DENSE:
+        return (0.0, 0.6) if place.containment == "group" else (0.0, 0.5, 1.0)
+    if place.where == "cold":
+        return 0.0, 1.0
+    if place.where in ("child", "lost"):
+        return 0.0, 0.5
+    if place.kind == "callable":
+        return (0.0,)
+    return (0.25,) if place.containment == "cgroup" else (0.75,)
 
 
 def wanted(bench: Bench) -> list[Fault]:
     if EVERYTHING not in ("", "all"):
         return [Fault.parse(text) for text in EVERYTHING.split(",")]
     found = bench.count()
-    return [*single_faults(found, dense=bench.place in DENSE), *lasting_faults(found, bench.place)]
+    return [*single_faults(found, spread(bench.place)), *lasting_faults(found, bench.place)]
 
 
-def single_faults(found: Candidates, *, dense: bool) -> Iterator[Fault]:
-    """Of every thread the first invocation and the one in the middle, or in dense places the second
-    and the last too, with the errnos in turn."""
+FEW = 5
+"""Where two parts of a life are sampled, every invocation of a call that is not made more often."""
+
+
+def positions(nths: list[int], parts: Sequence[float]) -> set[int]:
+    if len(parts) > 1 and len(nths) <= FEW:
+        return set(nths)
+    return {nths[round(part * (len(nths) - 1))] for part in parts}
+
+
+def single_faults(found: Candidates, parts: Sequence[float]) -> Iterator[Fault]:
+    """In every thread, with the errnos in turn."""
     for name, threads in found.items():
         errors = CALLS[name].once
         if EVERYTHING == "all":
             for nth in sorted({nth for nths in threads for nth in nths}):
                 yield from (Fault(name, error, nth) for error in errors)
         elif errors:
-            picked = set()
-            for nths in threads:
-                picked |= {nths[0], nths[len(nths) // 2]}
-                picked |= {nths[1 % len(nths)], nths[-1]} if dense else set()
+            picked = set().union(*(positions(nths, parts) for nths in threads))
             for turn, nth in enumerate(sorted(picked)):
                 yield Fault(name, errors[turn % len(errors)], nth)
 
 
 def lasting_faults(found: Candidates, place: Place) -> Iterator[Fault]:
-    """From the first invocation on, and in dense places from the one in the middle on. That one
-    costs the group backend, and after the loss of a warden any, all the time that it gives itself
-    to look for what is left."""
+    """From the first invocation on, and from the one in the middle on. That one costs the group
+    backend, and after the loss of a warden any, all the time that it gives itself to look for what
+    is left."""
     thorough = EVERYTHING == "all"
+    if not thorough and place not in DENSE and place.where != "child":
+        return
+    slow = place.where == "lost" or place.containment == "group"
     for name, threads in found.items():
-        errors = CALLS[name].lasting
         longest = max(threads, key=len)
-        slow = place.where == "lost" or place.containment == "group"
-        for error in errors if thorough or place in DENSE else errors[:1]:
-            if place.where != "lost" or (thorough and error not in SANDBOX):
+        errors = CALLS[name].lasting
+        for error in errors[:1] if slow and not thorough else errors:
+            if place.where != "lost" or error not in SANDBOX:
                 yield Fault(name, error, 1, onwards=True)
-            middle = error not in SANDBOX and len(longest) > 2
-            if middle and (thorough or (place in DENSE and not slow)):
+            if error not in SANDBOX and len(longest) > 2 and (thorough or not slow):
                 yield Fault(name, error, longest[len(longest) // 2], onwards=True)
 
 
@@ -711,6 +731,6 @@ def test_the_orphan_plan_is_carried_out(mode: str, actors: str, tmp_path: Path) 
     assert attempt("all", None) == []
     found = candidates(log, calls)
     failures = []
-    for fault in single_faults(found, dense=mode == "children"):
+    for fault in single_faults(found, (0.0, 0.3, 0.6, 1.0) if mode == "children" else (0.5,)):
         failures += attempt(fault.call, fault)
     assert not failures, "\\n".join(failures)
