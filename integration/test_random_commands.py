@@ -55,7 +55,7 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
     "report_multiple_bugs": False,
 }
-settings.register_profile("commands", max_examples=60, phases=[Phase.generate], **_COMMON)
+settings.register_profile("commands", max_examples=16, phases=[Phase.generate], **_COMMON)
 settings.register_profile("commands-long", max_examples=3000, phases=[Phase.generate], **_COMMON)
 settings.register_profile(
     "commands-shrink", max_examples=3000, phases=[Phase.generate, Phase.shrink], **_COMMON
@@ -64,7 +64,7 @@ _PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "commands")
 SETTINGS = settings.get_profile(_PROFILE)
 LONG = _PROFILE != "commands"
 
-AT_ONCE = 4
+AT_ONCE = 6
 """How many trees there are at a time."""
 
 HARMLESS = {signal.SIGCONT, signal.SIGWINCH}
@@ -227,6 +227,10 @@ class World:
         if ward.responds:
             ward.tell("")
 
+    def freeze_and_thaw(self, ward: Ward) -> None:
+        self.freeze(ward, standing=False)
+        self.thaw(ward)
+
     def tell(self, ward: Ward, script: str) -> None:
         ward.tell(script)
 
@@ -272,7 +276,7 @@ class World:
         assert ward.launched or not ward.handle.processes()
 
     def settle(self, ward: Ward) -> None:
-        if ward.must_end:
+        if ward.must_end or ward.ends_by_itself:
             ward.settle()
             self.wards.remove(ward)
             self.closed.append(ward)
@@ -282,6 +286,8 @@ class World:
     def finish(self) -> None:
         for ward in self.wards:
             ward.go_on.set()
+            if ward.ends_by_itself:
+                continue
             ward.kill([SHORT if ward.warden_stopped else KillPolicy((ENDS_ALL,))])
         for ward in self.wards:
             ward.settle()
@@ -359,7 +365,7 @@ def _scripts() -> st.SearchStrategy[str]:
 
 OPTIONS = st.builds(
     Options,
-    target=st.sampled_from(["program"] * 6 + ["callable", "missing"]),
+    target=st.sampled_from(["program"] * 10 + ["callable", "missing"]),
     script=_scripts(),
     leftovers=st.sampled_from(["kill", "wait", "leave"]),
     policy=_policies(),
@@ -374,31 +380,32 @@ def _command(name: str, **arguments: st.SearchStrategy[Any]) -> st.SearchStrateg
 
 _KILLS = st.lists(st.none() | _policies(), min_size=1, max_size=3)
 _START = _command("start", options=OPTIONS)
-COMMANDS = st.one_of(
-    _START,
-    _START,
-    _command("make", options=OPTIONS),
-    _command("launch"),
-    _command("launch_and_kill", policies=_KILLS),
-    _command("kill", policies=_KILLS, standing=st.booleans()),
-    _command("send", signo=st.sampled_from(SIGNALS), scope=st.sampled_from(SCOPES)),
-    _command("freeze", standing=st.booleans()),
-    _command("thaw"),
-    _command("tell", script=_scripts()),
-    _command("tell", script=_scripts()),
-    _command("tell_to_exit", script=_scripts()),
-    _command("tell_to_exit", script=_scripts()),
-    _command("tell_to_hurt_itself", letter=st.sampled_from("ks")),
-    _command("shoot_main", signo=st.sampled_from([signal.SIGKILL, signal.SIGTERM])),
+_WEIGHTED: list[tuple[int, str, dict[str, st.SearchStrategy[Any]]]] = [
+    (5, "start", {"options": OPTIONS}),
+    (2, "make", {"options": OPTIONS}),
+    (2, "launch", {}),
+    (2, "launch_and_kill", {"policies": _KILLS}),
+    (2, "kill", {"policies": _KILLS, "standing": st.booleans()}),
+    (1, "send", {"signo": st.sampled_from(SIGNALS), "scope": st.sampled_from(SCOPES)}),
+    (1, "freeze", {"standing": st.booleans()}),
+    (2, "thaw", {}),
+    (2, "freeze_and_thaw", {}),
+    (5, "tell", {"script": _scripts()}),
+    (5, "tell_to_exit", {"script": _scripts()}),
+    (1, "tell_to_hurt_itself", {"letter": st.sampled_from("ks")}),
+    (1, "shoot_main", {"signo": st.sampled_from([signal.SIGKILL, signal.SIGTERM])}),
     # A warden that stays stopped costs two seconds.
-    _command("hurt_warden", fault=st.sampled_from(["kill"] * 6 + ["blink"] * 5 + ["stop"])),
-    _command("hold_stdout"),
-    _command("let_callback_go_on"),
-    _command("wait", seconds=st.sampled_from([0.0, 0.01, 0.1])),
-    _command("look_inside"),
-    _command("settle"),
+    (2, "hurt_warden", {"fault": st.sampled_from(["kill"] * 6 + ["blink"] * 5 + ["stop"])}),
+    (1, "hold_stdout", {}),
+    (1, "let_callback_go_on", {}),
+    (2, "wait", {"seconds": st.sampled_from([0.0, 0.01, 0.1])}),
+    (1, "look_inside", {}),
+    (5, "settle", {}),
+]
+COMMANDS = st.sampled_from([entry for entry in _WEIGHTED for _ in range(entry[0])]).flatmap(
+    lambda entry: _command(entry[1], **entry[2])
 )
-LENGTH = 40 if LONG else 20
+LENGTH = 60 if LONG else 40
 
 
 def available(name: str) -> bool:
@@ -417,7 +424,7 @@ def test_random_commands(name: str, told: Told, tmp_path: Path) -> None:
     program = build(tmp_path)
 
     @SETTINGS
-    @given(start=_START, commands=st.lists(COMMANDS, min_size=3, max_size=LENGTH))
+    @given(start=_START, commands=st.lists(COMMANDS, min_size=20, max_size=LENGTH))
     def examples(start: Command, commands: list[Command]) -> None:
         world = World(name, program, tmp_path, told)
         done: list[Command] = []

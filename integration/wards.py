@@ -233,6 +233,13 @@ class Ward:
         return bool(self.kills) or self.times_out or self.warden_killed or missing
 
     @property
+    def ends_by_itself(self) -> bool:
+        """Nothing has come between what it was told and its end."""
+        waits = self.options.leftovers == "wait" and (set(CHILDREN) & set(self.script))
+        blocked = self.options.reader == "block" and not self.go_on.is_set()
+        return self.launched and self._only_told_to_exit() and not waits and not blocked
+
+    @property
     def may_end(self) -> bool:
         return self.must_end or bool(self.lethal) or self.told_to_exit or self.may_kill_itself
 
