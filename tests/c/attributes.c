@@ -88,11 +88,21 @@ static bool is_nice(void)
     return getpriority(PRIO_PROCESS, 0) == 19;
 }
 
-static bool has_score(void)
+static bool score_is(const char *wanted)
 {
     char text[16] = "";
     const int fd = open("/proc/self/oom_score_adj", O_RDONLY | O_CLOEXEC);
-    return read(fd, text, sizeof text - 1) > 0 && strcmp(text, "1000\n") == 0;
+    return read(fd, text, sizeof text - 1) > 0 && strcmp(text, wanted) == 0;
+}
+
+static bool has_high_score(void)
+{
+    return score_is("1000\n");
+}
+
+static bool has_low_score(void)
+{
+    return score_is("-500\n");
 }
 
 static void what_can_be_had(void)
@@ -115,7 +125,10 @@ static void what_can_be_had(void)
                     has_unlimited_core));
     CHECK(works((struct attributes){.affinity = list}, runs_on_one_processor));
     CHECK(works((struct attributes){.set_nice = true, .nice = 19}, is_nice));
-    CHECK(works((struct attributes){.set_oom_score_adj = true, .oom_score_adj = 1000}, has_score));
+    const struct attributes high = {.set_oom_score_adj = true, .oom_score_adj = 1000},
+                            low = {.set_oom_score_adj = true, .oom_score_adj = -500};
+    CHECK(works(high, has_high_score));
+    CHECK(works(low, has_low_score) || fails(low, EACCES, STEP_OOM_SCORE_ADJ));
 }
 
 static void what_cannot(void)
