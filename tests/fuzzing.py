@@ -7,6 +7,7 @@ keeps in build/fuzz what it has learnt, so that the next run goes on from there.
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import struct
 import subprocess
@@ -197,6 +198,7 @@ def write_seeds(target: str, folder: Path) -> list[Path]:
 # -- Building and running.
 
 
+@functools.cache
 def libfuzzer() -> str:
     """Why there is none, or nothing."""
     if shutil.which("clang") is None:

@@ -11,7 +11,7 @@ import pytest
 import fuzzing
 from helper_sources import WARDEN
 
-RUNS = {"children": 10_000, "options": 10_000, "request": 50_000, "stat": 15_000, "texts": 50_000}
+RUNS = {"children": 5_000, "options": 8_000, "request": 50_000, "stat": 12_000, "texts": 50_000}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,9 @@ def test_nothing_breaks_it(libfuzzer: None, target: str, tmp_path: Path) -> None
     assert f"Done {RUNS[target]} runs" in done.stderr
 
 
-@pytest.mark.parametrize("target", fuzzing.SEEDS)
+@pytest.mark.parametrize("target", fuzzing.SEEDS if fuzzing.libfuzzer() else ["children"])
 def test_the_seeds_by_any_compiler(target: str, tmp_path: Path) -> None:
+    """All of them where there is no libFuzzer, which begins with them."""
     fuzzing.build(target, tmp_path / target, fuzzer=False)
     seeds = fuzzing.write_seeds(target, tmp_path / "corpus")
     done = subprocess.run(
