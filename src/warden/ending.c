@@ -238,7 +238,8 @@ static bool kill_at_once(struct warden *w, struct sent *sent)
 
     if (w->init) {
         tree_snapshot(w);
-        members = (unsigned)w->pid_count - 1; /* without the init */
+        members = (unsigned)w->pid_count;
+        members -= members > 0; /* the init, where anybody could be seen */
         tree_forget(w);
         if (kill(w->init, SIGKILL) < 0)
             return false;

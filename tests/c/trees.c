@@ -260,6 +260,27 @@ static void the_init(void)
     end_child(pid);
 }
 
+/* It is not counted, and neither is anybody where nobody can be seen: out of descriptors, say. */
+static void kills_with_an_init(bool blind)
+{
+    struct sent sent = {0, 0};
+    const int proc = warden.proc;
+    const pid_t member = fork_resting();
+
+    warden.init = fork_resting();
+    if (blind)
+        warden.proc = -1;
+    kill_tree(&warden, &sent, 0);
+    CHECK(sent.count == (blind ? 0 : 1) && sent.denied == 0);
+    warden.proc = proc;
+    end_child(member);
+    while (waitpid(-1, NULL, 0) > 0)
+        continue;
+    warden.init = 0;
+    warden.killing = false;
+    forget_killed(&warden);
+}
+
 static void kinship(void)
 {
     CHECK(child_of_ours(getppid()) == NOT_OURS);
@@ -399,6 +420,8 @@ int main(void)
     nobody_at_all();
     strangers();
     the_init();
+    kills_with_an_init(false);
+    kills_with_an_init(true);
     kinship();
     walks(NULL, 1);
     walks(with_a_child, 2);
