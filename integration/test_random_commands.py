@@ -55,7 +55,7 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
     "report_multiple_bugs": False,
 }
-settings.register_profile("commands", max_examples=16, phases=[Phase.generate], **_COMMON)
+settings.register_profile("commands", max_examples=10, phases=[Phase.generate], **_COMMON)
 settings.register_profile("commands-long", max_examples=3000, phases=[Phase.generate], **_COMMON)
 settings.register_profile(
     "commands-shrink", max_examples=3000, phases=[Phase.generate, Phase.shrink], **_COMMON

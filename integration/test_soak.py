@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TREES = 150
+TREES = 60
 
 
 @pytest.mark.timeout(300)
