@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -91,7 +92,16 @@ def pytest_unconfigure() -> None:
     _leave_place()
 
 
+def _hear_every_signal() -> None:
+    """nohup(1), and shells that start a job in the background, have some ignored: that is handed on
+    to every process of the suite, and `proctree run` rightly leaves it so."""
+    for signo in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(signo) is signal.SIG_IGN:
+            signal.signal(signo, signal.SIG_DFL)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _hear_every_signal()
     prctl.LibcPrctl().set_child_subreaper(True)
     _enter_place()
     _note_own_wardens()
