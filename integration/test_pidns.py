@@ -239,7 +239,10 @@ signal.pause()
 """
 
 
-@pytest.mark.parametrize("what", ["command", "callable"])
+WITHOUT_PROC = pytest.mark.not_with("sanitized", "its runtime warns on stderr that it has no /proc")
+
+
+@pytest.mark.parametrize("what", ["command", pytest.param("callable", marks=WITHOUT_PROC)])
 def test_supervisor_and_warden_killed_at_once(actors: str, lifeline: Lifeline, what: str) -> None:
     """What no other backend can: the kernel ends it with its init, and nobody has to sweep."""
     reader, writer = os.pipe()

@@ -42,6 +42,13 @@ from proctree.containment.warden import warden_path
 from proctree.process import cgroups, proof
 from proctree.protocol import Type
 
+pytestmark = [
+    pytest.mark.not_with(
+        "sanitized", "the sanitizer makes system calls of its own, and may not fail"
+    ),
+    pytest.mark.not_with("valgrind", "valgrind makes system calls of its own, and may not fail"),
+]
+
 HERE = Path(__file__).parent
 SCENARIO_SECONDS = 40.0
 """How long a scenario may take: several times what the slowest way of its ending well takes."""
