@@ -13,6 +13,9 @@ TREE_VARIABLE = "PROCTREE_TREE"
 """Environment variable that names the trees a process is in: the outermost first, slashes between.
 It is how a tree can still be recognised when everything that held it is gone."""
 
+CHANNEL_VARIABLE = "PROCTREE_CHANNEL"
+"""Environment variable that says where a tree finds its channel: see channel/rendezvous.py."""
+
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Argv = Sequence[StrPath]
 Target = Argv | Callable[[], object]
@@ -42,6 +45,11 @@ class Command(NamedTuple):
     attributes: SpawnAttributes | None = None
     terminal: bool = False
     new_session: bool = True
+
+    def with_channel(self, fd: int, description: bytes) -> Command:
+        """It gets the descriptor of a channel, and is told which one it is."""
+        env = {**self.env, CHANNEL_VARIABLE.encode(): description}
+        return self._replace(env=env, pass_fds=tuple(sorted({*self.pass_fds, fd})))
 
     @property
     def program(self) -> str:

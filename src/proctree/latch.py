@@ -10,7 +10,7 @@ from collections import deque
 # not noticed before that sleep ends: its handler, and so a KeyboardInterrupt, would wait as long as
 # we do. The gap is open only at the entry, so a wait is entered a few times: what was missed at one
 # entry is seen at the next. A wait that lasts costs three wake-ups and no more.
-_ENTRIES = (0.01, 0.1, 1.0, threading.TIMEOUT_MAX)
+ENTRIES = (0.01, 0.1, 1.0, threading.TIMEOUT_MAX)
 
 
 class Latch:
@@ -47,7 +47,7 @@ class Latch:
         if self._set:
             return True
         limit = threading.TIMEOUT_MAX if timeout is None else max(timeout, 0.0)
-        for slice_ in _ENTRIES:
+        for slice_ in ENTRIES:
             if gate.acquire(timeout=min(slice_, limit, threading.TIMEOUT_MAX)):
                 return True
             limit -= slice_

@@ -65,7 +65,7 @@ class Loop:
     """See the module. `post` may be called from anywhere, even from a signal handler, and
     `register` from any thread; everything else only on the loop's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "proctree-loop") -> None:
         with fds.making():
             self._epoll = select.epoll()
             fds.own(self._epoll.fileno())
@@ -87,7 +87,7 @@ class Loop:
         self._timers_room = TIMERS_KEPT
         self._order = itertools.count()
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
-        self._thread = threading.Thread(target=self._run, name="proctree-loop", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
         except BaseException as error:
@@ -133,6 +133,13 @@ class Loop:
                 self.post(self._look)
 
     # -- on the loop's thread
+
+    def modify(self, fd: int, mask: int) -> None:
+        """Another mask for a descriptor that is registered."""
+        if fd in self._unwatched:
+            self._unwatched[fd] = mask
+        else:
+            self._epoll.modify(fd, mask)
 
     def unregister(self, fd: int) -> None:
         """Before `fd` is closed: afterwards its number may be another tree's."""

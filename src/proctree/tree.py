@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from proctree import events
 from proctree.command import Command
@@ -31,6 +31,24 @@ if TYPE_CHECKING:
     from proctree.outcome import Outcome
     from proctree.terminal import Terminal
 
+
+class Attached(Protocol):
+    """The supervisor's side of a tree's channel."""
+
+    def open(self) -> tuple[int, bytes]:
+        """With the descriptor lock held; returns the tree's descriptor and its description."""
+        ...
+
+    def close_child_end(self) -> None:
+        """The tree has its descriptor, or there is no tree."""
+
+    def start(self) -> None:
+        """There is a tree."""
+
+    def close(self) -> None:
+        """There is none, or no longer. From any thread."""
+
+
 _alive: set[Tree] = set()
 """Trees that have not been closed, for the end of the interpreter."""
 
@@ -48,6 +66,7 @@ class Tree:
         leftovers: Leftovers,
         timeout: float | None,
         drain_timeout: float,
+        channel: Attached | None = None,
     ) -> None:
         self.tree_id = tree_id
         self.command = command
@@ -64,6 +83,7 @@ class Tree:
         """Called on the loop's thread when the main process of a foreground job was stopped."""
         self.start_error: Exception | None = None
         self._streams = streams
+        self._channel = channel
         self._timeout = timeout
         self._loop: Loop
         self.life = Lifecycle(policy, leftovers, streams.outputs, drain_timeout)
@@ -152,10 +172,15 @@ class Tree:
                         stdio = self._streams.open()
                     # Before there is a process: a logger of the host's may raise here.
                     self._streams.attach(self._loop, self)
+                    if self._channel is not None:
+                        with step("channel"):
+                            self.command = self.command.with_channel(*self._channel.open())
                     with step("containment"):
                         self.contained.spawn(self.command, stdio, self.policy)
                 finally:
                     self._streams.close_child_ends()
+                    if self._channel is not None:
+                        self._channel.close_child_end()
         except Exception as error:
             self.could_not_start(error, str(error))
             return
@@ -163,6 +188,8 @@ class Tree:
         self._guard(self._watch, "launch")
 
     def _watch(self) -> None:
+        if self._channel is not None:
+            self._channel.start()
         if self._timeout is not None:
             self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
         self.contained.attach(self._loop, self)
@@ -304,6 +331,8 @@ class Tree:
             if timer is not None:
                 timer.cancel()
         self._streams.close()
+        if self._channel is not None:
+            self._channel.close()
         if self._made:
             self.contained.close()
 

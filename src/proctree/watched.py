@@ -32,6 +32,8 @@ from proctree.stdio import Streams
 
 if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
+    from proctree.channel.served import Served
+    from proctree.channel.server import Server
     from proctree.limits import Limits
     from proctree.outcome import Outcome
     from proctree.process.snapshot import ProcessInfo
@@ -40,6 +42,16 @@ if TYPE_CHECKING:
 DEFAULT_POLICY = KillPolicy()
 DRAIN_TIMEOUT = 0.5
 """Seconds that an output stream which never ends may cost after the end of its tree."""
+
+
+def _serve(channel: object, tree_id: str, name: str) -> Served | None:
+    if channel is None:
+        return None
+    from proctree.channel.server import Server
+
+    if not isinstance(channel, Server):
+        raise TypeError(f"channel: a proctree.channel.Server, not {channel!r}")
+    return channel.serve(tree_id, name)
 
 
 def _limits(value: object) -> Limits | None:
@@ -83,6 +95,7 @@ class WatchedSubprocess:
         pty: True, or (rows, columns): the tree gets a pseudo-terminal as its standard streams and
             as the controlling terminal of its session. `stdout` says what becomes of its output,
             bytes for `stdin` are typed into it, and `terminal` is our end.
+        channel: a `proctree.channel.Server` that answers the tree's requests.
         new_session: False starts a foreground job: the main process stays in our session, in a
             process group of its own, which has our terminal while it runs if we have it. Default
             True: a session of its own.
@@ -112,6 +125,7 @@ class WatchedSubprocess:
         limits: Limits | None = None,
         pty: bool | tuple[int, int] = False,
         new_session: bool = True,
+        channel: Server | None = None,
     ) -> None:
         tree_id = os.urandom(8).hex()
         streams = Streams(stdin, stdout, stderr, pty)
@@ -134,6 +148,7 @@ class WatchedSubprocess:
             new_session=command.new_session,
             limits=_limits(limits),
         )
+        self._served = _serve(channel, tree_id, command.name)
         self._tree = _tree.Tree(
             tree_id,
             command,
@@ -143,6 +158,7 @@ class WatchedSubprocess:
             leftover_policy,
             None if timeout is None else to_seconds(timeout, "timeout"),
             to_seconds(drain_timeout, "drain_timeout"),
+            self._served,
         )
 
     @classmethod
@@ -302,6 +318,25 @@ class WatchedSubprocess:
         """Lets a frozen tree go on (SIGCONT)."""
         self._require_launched()
         self._tree.set_frozen(False)
+
+    def notify(self, body: Any) -> None:
+        """Tells the tree something unasked, over its channel: every process that is connected, or
+        the first that connects. Never blocks, and may be called in a signal handler.
+
+        Args:
+            body: a message, or anything that msgpack can hold.
+
+        Raises:
+            RuntimeError: the tree has no channel.
+            ChannelClosed: it has ended.
+            ChannelFull: it does not read, and 1024 notifications wait for it.
+            FrameTooLarge, TypeError: the body is too large, or cannot be encoded.
+            ProctreeError: called in a forked child.
+        """
+        _tree.require_owner(self._tree)
+        if self._served is None:
+            raise RuntimeError(f"tree {self.tree_id} has no channel: give it channel=Server(...)")
+        self._served.notify(body)
 
     def _require_launched(self) -> None:
         _tree.require_owner(self._tree)

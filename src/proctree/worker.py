@@ -74,6 +74,15 @@ def reset() -> None:
     _threads = _Threads()
 
 
+def run(job: Job) -> None:
+    """Runs a job that must not raise on a thread that is nobody else's meanwhile. Does not block.
+
+    Raises:
+        RuntimeError: there is no thread for it, and no loop to try again later.
+    """
+    _threads.run(job)
+
+
 class Worker:
     """Runs jobs in order, one at a time, off the caller's thread.
 
@@ -93,7 +102,7 @@ class Worker:
             if self._running:
                 return
             self._running = True
-        _threads.run(self._drain)
+        run(self._drain)
 
     def is_current_thread(self) -> bool:
         """Whether the caller is one of this worker's own jobs."""

@@ -1,0 +1,423 @@
+"""The tree's end: requests from any thread, any event loop, and signal handlers, all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from proctree.channel import rendezvous
+from proctree.channel.errors import (
+    ChannelClosed,
+    ForkedChannel,
+    FrameTooLarge,
+    RemoteError,
+    UndecodableAnswer,
+)
+from proctree.channel.frames import (
+    MAX_FRAME,
+    NOTIFICATION,
+    Frame,
+    Response,
+    TooLong,
+    decode_response,
+    encode_request,
+    read_id,
+)
+from proctree.channel.loops import Parties, TaskWaiter
+from proctree.channel.notifications import Notifications
+from proctree.channel.passed import PassedFds
+from proctree.channel.threads import Threads, ThreadWaiter
+from proctree.channel.types import decoder, to_max_frame
+from proctree.channel.wire import Wire, is_stream
+from proctree.policy import to_seconds
+from proctree.process import fds
+
+MOST_QUEUED = 64
+"""Pieces that may wait for room in the socket before callers wait to add theirs."""
+
+AnyWaiter = ThreadWaiter | TaskWaiter
+
+
+class Channel:
+    """A connection to the supervisor.
+
+    Its methods may be called from any thread, from tasks of any event loop of asyncio or trio, from
+    signal handlers and from callbacks, all at the same time. An answer goes to the request with its
+    id and to no other: there is no order that anything depends on.
+
+    In a fork of this process every use raises `ForkedChannel`; `Channel.connect` gives the fork a
+    connection of its own.
+
+    Args:
+        sock: a connected AF_UNIX stream socket, which the channel takes over. In a tree,
+            `Channel.connect` gets it.
+        types: the message types that answers and notifications may have; see `connect`.
+        max_frame: the longest message in bytes, both ways. Default 64 MiB.
+
+    Raises:
+        ValueError, TypeError: a bad argument.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        types: Sequence[Any] | None = None,
+        max_frame: int = MAX_FRAME,
+    ) -> None:
+        if not is_stream(sock):
+            raise ValueError(f"sock: an AF_UNIX stream socket, not {sock!r}")
+        self._decode = decoder(types)
+        self._max_frame = to_max_frame(max_frame)
+        self._pid = os.getpid()
+        self._sock = sock
+        self.wire = Wire(sock, max_frame, with_fds=True)
+        self._ids = itertools.count(NOTIFICATION + 1)
+        self._pending: dict[int, AnyWaiter] = {}
+        self._want_room: deque[AnyWaiter] = deque()
+        self._passed: dict[tuple[int, ...], PassedFds] = {}
+        self._why_closed: str | None = None
+        self._threads = Threads(
+            self.wire, self.advance, lambda: self._parties.any or self._notifications.any
+        )
+        self._parties = Parties(self)
+        self._notifications = Notifications(self, self._decode)
+        for fd in (sock.fileno(), self._threads.wake_fd):
+            fds.own(fd)
+        _channels.add(self)
+        weakref.finalize(self, _give_back, os.getpid(), sock, self._threads.wake_fd)
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        types: Sequence[Any] | None = None,
+        max_frame: int = MAX_FRAME,
+        timeout: float | None = 30.0,
+    ) -> Channel:
+        """A new connection to the supervisor that started the tree with `channel=`.
+
+        The descriptor that the environment names is marked close-on-exec at once: what this process
+        starts does not hold it, unless it is handed on by `pass_fds=[proctree.channel.handle()]`;
+        who has it can connect too. Each connection is a socket of its own.
+
+        Args:
+            types: `msgspec.Struct` types with a tag (`Message` is a base for them): answers and
+                notifications are decoded to that one whose tag is their `type`. Default: they are
+                decoded to built-in types.
+            max_frame: the longest message in bytes, both ways. Default 64 MiB.
+            timeout: seconds to wait for the supervisor. Default 30; None waits as long as it takes.
+
+        Raises:
+            ChannelUnavailable: this process was not handed a channel; the message says why.
+            ChannelClosed: the supervisor is gone, or the tree has as many connections as it may.
+            TimeoutError: it took too long.
+        """
+        decoder(types)
+        to_max_frame(max_frame)
+        due = None if timeout is None else time.monotonic() + to_seconds(timeout, "timeout")
+        return cls(rendezvous.connect(due), types=types, max_frame=max_frame)
+
+    # -- requests
+
+    def request(self, body: Any, timeout: float | None = None) -> Any:
+        """Asks, and waits for the answer.
+
+        Args:
+            body: a message, or anything that msgpack can hold.
+            timeout: seconds. Default None: as long as it takes.
+
+        Returns:
+            The body of the answer.
+
+        Raises:
+            RemoteError: the answer is an error.
+            TimeoutError: it took too long. The request may still be carried out; its answer is
+                dropped.
+            ChannelClosed: one of the sides is gone.
+            ForkedChannel: this process is a fork of the one that connected.
+            FrameTooLarge: the request, or its answer, is over `max_frame`.
+            UndecodableAnswer: the answer is none of `types`.
+            TypeError, OverflowError: the body cannot be encoded. Nothing was sent.
+        """
+        return self._result(self._ask(body, timeout))
+
+    def request_fds(self, body: Any, timeout: float | None = None) -> tuple[Any, list[int]]:
+        """As `request`; also returns the descriptors that came with the answer, close-on-exec.
+        They are the caller's to close. Those of answers that nobody took are closed."""
+        waiter = self._ask(body, timeout)
+        return self._result(waiter), _take(waiter)
+
+    async def arequest(self, body: Any, timeout: float | None = None) -> Any:
+        """As `request`, in a task of asyncio or trio.
+
+        Raises:
+            asyncio.CancelledError, trio.Cancelled: the task was cancelled; the answer is dropped.
+        """
+        return self._result(await self._aask(body, timeout))
+
+    async def arequest_fds(self, body: Any, timeout: float | None = None) -> tuple[Any, list[int]]:
+        """As `request_fds`, in a task of asyncio or trio."""
+        waiter = await self._aask(body, timeout)
+        return self._result(waiter), _take(waiter)
+
+    def _ask(self, body: Any, timeout: float | None) -> ThreadWaiter:
+        due = None if timeout is None else time.monotonic() + to_seconds(timeout, "timeout")
+        self._require_open()
+        waiter = ThreadWaiter(self._threads)
+        number = next(self._ids)
+        try:
+            if self.wire.queued >= MOST_QUEUED:
+                self._wait_for_room(due)
+            frame = self._encode(number, body)
+            self._pending[number] = waiter
+            # After it is known: whoever closes has either seen it or been seen.
+            if self._why_closed is None:
+                self.wire.put(frame)
+                self.flush()
+                self._threads.wait(waiter, self._is_done, due)
+        finally:
+            self._pending.pop(number, None)
+        return waiter
+
+    def _wait_for_room(self, due: float | None) -> None:
+        waiter = ThreadWaiter(self._threads)
+        self._want_room.append(waiter)
+        try:
+            self._threads.wait(waiter, self._has_room, due)
+        finally:
+            self._give_room()
+        if not self._has_room():
+            raise TimeoutError("the supervisor does not read: the request was not sent")
+
+    async def _aask(self, body: Any, timeout: float | None) -> TaskWaiter:
+        due = None if timeout is None else time.monotonic() + to_seconds(timeout, "timeout")
+        self._require_open()
+        party = self._parties.current()
+        waiter = party.waiter()
+        number = next(self._ids)
+        party.enter()
+        try:
+            while self.wire.queued >= MOST_QUEUED and not self.closed:
+                room = party.waiter()
+                self._want_room.append(room)
+                try:
+                    party.flush()
+                    await room.wait(due)
+                finally:
+                    self._give_room()
+                if due is not None and due <= time.monotonic():
+                    raise TimeoutError("the supervisor does not read: the request was not sent")
+            frame = self._encode(number, body)
+            self._pending[number] = waiter
+            if self._why_closed is None:
+                party.send(frame)
+                await waiter.wait(due)
+        finally:
+            self._pending.pop(number, None)
+            party.leave()
+        return waiter
+
+    def _encode(self, number: int, body: Any) -> bytearray:
+        try:
+            return encode_request(number, body, self._max_frame)
+        except TooLong as error:
+            raise FrameTooLarge(
+                f"the request has {error.length} bytes, and max_frame is {self._max_frame}"
+            ) from None
+
+    def _is_done(self, waiter: AnyWaiter) -> bool:
+        return waiter.answer is not None or self._why_closed is not None
+
+    def _has_room(self, _waiter: AnyWaiter | None = None) -> bool:
+        return self.wire.queued < MOST_QUEUED or self._why_closed is not None
+
+    def _result(self, waiter: AnyWaiter) -> Any:
+        answer = waiter.answer
+        if answer is None:
+            if self._why_closed is not None:
+                raise ChannelClosed(self._why_closed)
+            raise TimeoutError("the supervisor did not answer in time")
+        if isinstance(answer, Exception):
+            raise answer
+        if answer.error is not None:
+            raise RemoteError.from_wire(answer.error)
+        try:
+            return self._decode(answer.body)
+        except msgspec.DecodeError as error:
+            raise UndecodableAnswer(f"the answer is not what was expected: {error}") from None
+
+    # -- notifications
+
+    def listen(self, callback: Callable[[Any], object]) -> None:
+        """Calls back for each notification of the supervisor, one after the other, on a thread of
+        the channel's own. What comes before anybody listens is kept for the first who does.
+
+        What the callback raises is logged. It may ask, but should not take long: of the
+        notifications that wait for it the last 1024 are kept.
+        """
+        self._require_open()
+        self._notifications.listen(callback)
+
+    def notifications(self) -> AsyncIterator[Any]:
+        """The notifications of the supervisor, in a task: `async for message in ...`. It ends when
+        the channel does. What comes before anybody listens is kept for the first who does."""
+        self._require_open()
+        return self._notifications.subscribe(self._parties.current())
+
+    # -- the end
+
+    @property
+    def closed(self) -> bool:
+        """Whether either side has closed it."""
+        return self._why_closed is not None
+
+    def close(self) -> None:
+        """Ends the connection: whoever waits gets `ChannelClosed`, on every thread and loop. A
+        second time it does nothing."""
+        if os.getpid() == self._pid:
+            self._end("the channel was closed")
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Of its socket."""
+        return self.wire.fileno()
+
+    def __repr__(self) -> str:
+        state = self._why_closed or f"{len(self._pending)} requests under way"
+        return f"<Channel fd {self.wire.fileno()}, {state}>"
+
+    def _require_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedChannel(
+                f"this channel belongs to process {self._pid}; this is process {os.getpid()}, a "
+                "fork of it, and has to call Channel.connect() for one of its own"
+            )
+        if self._why_closed is not None:
+            raise ChannelClosed(self._why_closed)
+
+    def _end(self, why: str) -> None:
+        if self._why_closed is None:
+            self._why_closed = why
+        # Wakes whoever polls. The descriptor itself is given back when nobody can be polling any
+        # more: a number that is closed under a poller may be another file's by then.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        for waiter in (*_values(self._pending), *self._want_room):
+            waiter.wake()
+        self._notifications.wake()
+
+    # -- what the waiting call
+
+    def flush(self) -> bool:
+        """Sends what can be sent without waiting; returns whether that was everything."""
+        try:
+            return self.wire.flush()
+        except OSError:
+            self.advance()  # what it had said before it went
+            self._end("the supervisor has closed the channel, or is gone")
+            return False
+
+    def advance(self, wait: bool = False) -> None:
+        """Sends and receives what can be without waiting, and delivers.
+
+        Args:
+            wait: for something to receive, a moment.
+        """
+        if self.wire.queued and not self.closed:
+            with contextlib.suppress(OSError):  # the end of the stream says it, below
+                self.wire.flush()
+        while self.wire.pump(self._deliver, self._commit, wait):
+            wait = False
+        if self.wire.ended and not self.closed:
+            self._end("the supervisor has closed the channel, or is gone")
+        if self._want_room:
+            self._give_room()
+
+    def _give_room(self) -> None:
+        for _ in range(MOST_QUEUED - self.wire.queued):
+            try:
+                self._want_room.popleft().wake()
+            except IndexError:
+                return
+
+    def _deliver(self, frame: Frame) -> Any:
+        """Returns a notification; the rest is for those who asked."""
+        number, answer = self._read(frame)
+        waiter = None if number is None else self._pending.get(number)
+        passed = None
+        if frame.fds:
+            # The same ones again, should the frame come again: see wire.py.
+            passed = self._passed.setdefault(frame.fds, PassedFds(frame.fds))
+        if waiter is not None:
+            waiter.fds = passed
+            waiter.answer = answer
+            waiter.wake()
+            return None
+        return answer if number == NOTIFICATION else None
+
+    def _commit(self, notes: list[Any], passed: list[tuple[int, ...]]) -> list[tuple[Any, ...]]:
+        steps: list[tuple[Any, ...]] = [(self._passed.pop, fds, None) for fds in passed]
+        return steps + self._notifications.steps(notes) if notes else steps
+
+    def _read(self, frame: Frame) -> tuple[int | None, Response | Exception]:
+        if frame.refused:
+            problem = f"the answer has {frame.length} bytes, and max_frame is {self._max_frame}"
+            return read_id(frame.data), FrameTooLarge(problem)
+        try:
+            response = decode_response(frame.data)
+        except msgspec.DecodeError as error:
+            return read_id(frame.data), UndecodableAnswer(f"the answer cannot be decoded: {error}")
+        return response.id, response
+
+
+def _take(waiter: AnyWaiter) -> list[int]:
+    return [] if waiter.fds is None else waiter.fds.take()
+
+
+def _values(pending: dict[int, AnyWaiter]) -> list[AnyWaiter]:
+    while True:
+        try:
+            return list(pending.values())
+        except RuntimeError:  # changed meanwhile
+            continue
+
+
+def _give_back(pid: int, sock: socket.socket, wake_fd: int) -> None:
+    if os.getpid() == pid:
+        fds.disown(sock.fileno())
+        sock.close()
+        fds.close(wake_fd)
+
+
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    """In a forked child: our descriptors are closed there already, so that it holds nobody's
+    connection, and their numbers may be somebody else's."""
+    for channel in tuple(_channels):
+        channel._sock.detach()
+
+
+fds.in_forked_child(_forget)

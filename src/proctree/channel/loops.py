@@ -1,0 +1,317 @@
+"""Event loops that wait for answers: a party for each loop that asks.
+
+Every loop with requests under way watches the socket, each for itself: one that is held up by what
+runs in it holds up nobody else's answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from proctree.channel.passed import PassedFds
+from proctree.channel.wire import Wire
+
+if TYPE_CHECKING:
+    import trio
+
+
+class Owner(Protocol):
+    """The channel, as a party sees it."""
+
+    wire: Wire
+
+    @property
+    def closed(self) -> bool:
+        """Nothing will come any more."""
+        ...
+
+    def flush(self) -> bool:
+        """Sends what can be sent without waiting; returns whether that was everything."""
+        ...
+
+    def advance(self) -> None:
+        """Sends and receives what can be without waiting, and delivers."""
+
+
+class TaskWaiter:
+    """A task's request. `answer` and `wake` as of a `ThreadWaiter`."""
+
+    __slots__ = ("answer", "fds", "party")
+
+    def __init__(self, party: Party) -> None:
+        self.answer: Any = None
+        self.fds: PassedFds | None = None
+        self.party = party
+
+    def wake(self) -> None:
+        self.party.wake(self)
+
+    def settle(self) -> None:
+        """On the loop's thread: the task goes on."""
+        raise NotImplementedError
+
+    def wait(self, due: float | None) -> Awaitable[object]:
+        """Until settled, or until it is due (time.monotonic); it does not say which."""
+        raise NotImplementedError
+
+
+class Party:
+    """The tasks of one loop."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._under_way = 0
+        self._staying = 0
+        self._watching = False
+        self._thread = threading.get_ident()
+        self._reading = False
+
+    def waiter(self) -> TaskWaiter:
+        raise NotImplementedError
+
+    # -- on the loop's thread
+
+    def enter(self) -> None:
+        """A request begins."""
+        self._under_way += 1
+        self._thread = threading.get_ident()
+        if not self._watching:
+            self._watching = True
+            self._watch()
+
+    def leave(self) -> None:
+        """A request has ended. The loop goes on watching until something comes that is not for it:
+        the next request is likely to be its own again."""
+        self._under_way -= 1
+
+    def stay(self) -> None:
+        """Watch even with no request under way: for notifications."""
+        self._staying += 1
+        self.enter()
+        self.leave()
+
+    def go(self) -> None:
+        """The end of one `stay`."""
+        self._staying -= 1
+
+    def send(self, frame: bytearray) -> None:
+        self._owner.wire.put(frame)
+        self.flush()
+
+    def flush(self) -> None:
+        if not self._owner.flush():
+            self._watch_for_room()
+
+    def on_readable(self) -> bool:
+        """Returns whether to go on watching."""
+        self._reading = True
+        try:
+            self._owner.advance()
+        finally:
+            self._reading = False
+        wanted = not self._owner.closed and bool(self._under_way or self._staying)
+        self._watching = wanted
+        return wanted
+
+    def _watch(self) -> None:
+        raise NotImplementedError
+
+    def _watch_for_room(self) -> None:
+        raise NotImplementedError
+
+    # -- from any thread
+
+    def wake(self, waiter: TaskWaiter) -> None:
+        if self._reading and self._thread == threading.get_ident():
+            waiter.settle()
+        else:
+            # On the loop's own thread, too: a signal handler may have found the loop asleep.
+            self.call_soon(waiter.settle)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Has the loop call it; nothing, when the loop has ended."""
+        raise NotImplementedError
+
+
+# -- asyncio
+
+
+class AsyncioWaiter(TaskWaiter):
+    __slots__ = ("future",)
+
+    def __init__(self, party: AsyncioParty) -> None:
+        super().__init__(party)
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def settle(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)
+
+    def wait(self, due: float | None) -> Awaitable[object]:
+        return self.future if due is None else self._wait(due)
+
+    async def _wait(self, due: float) -> None:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(max(0.0, due - time.monotonic()), self.settle)
+        try:
+            await self.future
+        finally:
+            timer.cancel()
+
+
+class AsyncioParty(Party):
+    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(owner)
+        self._loop = weakref.ref(loop)
+        self._batch: list[bytearray] = []
+
+    def waiter(self) -> AsyncioWaiter:
+        return AsyncioWaiter(self)
+
+    def send(self, frame: bytearray) -> None:
+        """At once if it is the loop's only request; else with what the tasks whose turn comes now
+        have to send, in one system call."""
+        if self._under_way == 1:
+            super().send(frame)
+            return
+        if not self._batch:
+            asyncio.get_running_loop().call_soon(self._send_batch)
+        self._batch.append(frame)
+
+    def _send_batch(self) -> None:
+        if self._batch:
+            # Both in one step: whatever a signal handler raises, none is lost or sent twice.
+            self._owner.wire.put(b"".join(self._batch), then=self._batch.clear)
+            self.flush()
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        loop = self._loop()
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed, and so are its tasks
+                loop.call_soon_threadsafe(function)
+
+    def _watch(self) -> None:
+        asyncio.get_running_loop().add_reader(self._owner.wire.fileno(), self._readable)
+
+    def _readable(self) -> None:
+        if not self.on_readable():
+            asyncio.get_running_loop().remove_reader(self._owner.wire.fileno())
+
+    def _watch_for_room(self) -> None:
+        asyncio.get_running_loop().add_writer(self._owner.wire.fileno(), self._writable)
+
+    def _writable(self) -> None:
+        if self._owner.flush() or self._owner.closed:
+            asyncio.get_running_loop().remove_writer(self._owner.wire.fileno())
+
+
+# -- trio
+
+
+class TrioWaiter(TaskWaiter):
+    __slots__ = ("_event",)
+
+    def __init__(self, party: TrioParty) -> None:
+        import trio
+
+        super().__init__(party)
+        self._event = trio.Event()
+
+    def settle(self) -> None:
+        self._event.set()
+
+    async def wait(self, due: float | None) -> None:
+        import trio
+
+        seconds = float("inf") if due is None else max(0.0, due - time.monotonic())
+        with trio.move_on_after(seconds):
+            await self._event.wait()
+
+
+class TrioParty(Party):
+    def __init__(self, owner: Owner, token: trio.lowlevel.TrioToken) -> None:
+        super().__init__(owner)
+        self._token = weakref.ref(token)
+        self._watching_for_room = False
+
+    def waiter(self) -> TrioWaiter:
+        return TrioWaiter(self)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        import trio
+
+        token = self._token()
+        if token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(function)
+
+    def _watch(self) -> None:
+        import trio
+
+        trio.lowlevel.spawn_system_task(self._watch_until_idle)
+
+    async def _watch_until_idle(self) -> None:
+        import trio
+
+        try:
+            watched = True
+            while watched:
+                await trio.lowlevel.wait_readable(self._owner.wire.fileno())
+                watched = self.on_readable()
+        finally:
+            self._watching = False
+
+    def _watch_for_room(self) -> None:
+        import trio
+
+        if not self._watching_for_room:
+            self._watching_for_room = True
+            trio.lowlevel.spawn_system_task(self._flush_until_done)
+
+    async def _flush_until_done(self) -> None:
+        import trio
+
+        try:
+            while not self._owner.flush() and not self._owner.closed:
+                await trio.lowlevel.wait_writable(self._owner.wire.fileno())
+        finally:
+            self._watching_for_room = False
+
+
+class Parties:
+    """The parties of one channel. They go with their loops: neither keeps the other alive."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._parties: weakref.WeakKeyDictionary[Any, Party] = weakref.WeakKeyDictionary()
+
+    @property
+    def any(self) -> bool:
+        """Whether a loop asks."""
+        return bool(self._parties)
+
+    def current(self) -> Party:
+        """Of the loop that runs the caller.
+
+        Raises:
+            RuntimeError: none does.
+        """
+        trio = sys.modules.get("trio")
+        if trio is not None and trio.lowlevel.in_trio_task():
+            token = trio.lowlevel.current_trio_token()
+            party = self._parties.get(token)
+            if party is None:
+                party = self._parties.setdefault(token, TrioParty(self._owner, token))
+            return party
+        loop = asyncio.get_running_loop()
+        party = self._parties.get(loop)
+        if party is None:
+            party = self._parties.setdefault(loop, AsyncioParty(self._owner, loop))
+        return party

@@ -1,0 +1,512 @@
+"""One tree's side in the supervisor: its door, its connections, and what is under way for it.
+
+All of it runs on the thread of the channels' own loop, which no handler can hold up, except what
+says otherwise. What a tree can make us keep is bounded: requests under way, connections, frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from proctree import events, worker
+from proctree.channel import rendezvous
+from proctree.channel.errors import (
+    ANSWER_TOO_LARGE,
+    FRAME_TOO_LARGE,
+    UNDECODABLE,
+    UNENCODABLE_ANSWER,
+    ChannelClosed,
+    ChannelFull,
+    FrameTooLarge,
+    RemoteError,
+)
+from proctree.channel.frames import (
+    NOTIFICATION,
+    Frame,
+    TooLong,
+    decode_request,
+    encode_response,
+    read_id,
+)
+from proctree.channel.handlers import UNDECODABLE as _UNDECODABLE
+from proctree.channel.handlers import Answer, Handler, Where, to_error
+from proctree.channel.passed import PassedFds
+from proctree.channel.wire import MOST_FDS, Wire
+from proctree.loop import READ, WRITE, Loop
+from proctree.process import fds
+
+if TYPE_CHECKING:
+    from proctree.channel.server import Server
+
+LONG = 1 << 20
+"""Bytes of a frame of which a tree may have but one at a time."""
+
+MOST_NOTIFICATIONS = 1024
+"""Notifications that may wait for a tree that does not read them."""
+
+TURN = 8
+"""Receives from one connection before others have their turn."""
+
+EVENT_SECONDS = 1.0
+"""How often the same thing is logged about a tree: a tree must not fill the log."""
+
+
+class Caller:
+    """Who asks: the second argument of a handler.
+
+    Attributes:
+        tree_id: of the tree.
+        name: of the tree.
+    """
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self.tree_id = served.tree_id
+        self.name = served.name
+
+    def notify(self, body: Any) -> None:
+        """As `WatchedSubprocess.notify`."""
+        self._served.notify(body)
+
+    def __repr__(self) -> str:
+        return f"<Caller {self.name!r} tree {self.tree_id}>"
+
+
+class Lane:
+    """One connection."""
+
+    def __init__(self, served: Served, sock: socket.socket) -> None:
+        self._served = served
+        self._sock = sock
+        self._fd = sock.fileno()
+        self.wire = Wire(sock, served.server.max_frame, with_fds=False)
+        self.waiting: deque[Frame] = deque()
+        """Requests that have come, for which there is no room yet."""
+        self._mask = 0
+        self._kept: deque[object] = deque()
+        """What must not be closed before it is sent."""
+        self.closed = False
+
+    def watch(self) -> None:
+        """For what there is to wait for now. While there is no room, nothing is read, and then the
+        end of the other side must not wake us either: epoll reports it whatever the mask."""
+        mask = (WRITE if self.wire.queued else 0) | (READ if self._may_read() else 0)
+        if self.closed or mask == self._mask:
+            return
+        if not self._mask:
+            self._served.loop.register(self._fd, mask, self._on_ready)
+        elif mask:
+            self._served.loop.modify(self._fd, mask)
+        else:
+            self._served.loop.unregister(self._fd)
+        self._mask = mask
+
+    def _may_read(self) -> bool:
+        return not self.waiting and self._served.may_have_long(self)
+
+    def _on_ready(self, mask: int) -> None:
+        if mask & WRITE:
+            self.flush()
+        if mask & ~WRITE and not self.closed:
+            self.read()
+        self.advance()
+
+    def read(self) -> None:
+        for _ in range(TURN):
+            if not self._may_read() or not self.wire.pump(self._arrived, _nothing):
+                break
+            self.begin()
+        self.begin()
+        if self.wire.ended and not self.waiting:
+            self.close()
+
+    def _arrived(self, frame: Frame) -> None:
+        self.waiting.append(frame)
+
+    def begin(self) -> None:
+        """As many requests as there is room for. While the other side does not read its answers it
+        gets no new ones."""
+        while self.waiting and not self.wire.queued and self._served.has_room():
+            self._served.begin(self, self.waiting.popleft())
+
+    def advance(self) -> None:
+        """Goes on with what was put off."""
+        if not self.closed:
+            self.begin()
+            if self.wire.ended and not self.waiting:
+                self.close()
+            self.watch()
+
+    # -- from any thread
+
+    def send(
+        self, frame: bytes | bytearray, passed: tuple[int, ...] = (), keep: Any = None
+    ) -> None:
+        if keep is not None:
+            self._kept.append(keep)
+        self.wire.put(frame, passed)
+        self.flush()
+        if self.wire.queued:
+            self._served.loop.post(self.watch)
+
+    def flush(self) -> None:
+        try:
+            if self.wire.flush():
+                self._kept.clear()
+        except OSError:
+            # It has gone without waiting for its answers.
+            self._served.loop.post(self.close)
+
+    # -- on the loop
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self._mask:
+            self._served.loop.unregister(self._fd)
+        fds.disown(self._fd)
+        self.wire.close()
+        self.waiting.clear()
+        self._kept.clear()
+        self._served.gone(self)
+
+
+def _nothing(_notes: list[Any], _passed: list[Any]) -> list[tuple[Any, ...]]:
+    return []
+
+
+class Served:
+    """One tree."""
+
+    def __init__(self, server: Server, loop: Loop, tree_id: str, name: str) -> None:
+        self.server = server
+        self.loop = loop
+        self.tree_id = tree_id
+        self.name = name
+        self._caller = Caller(self)
+        self._door: socket.socket | None = None
+        self._door_fd = -1
+        self._theirs: socket.socket | None = None
+        self._lanes: list[Lane] = []
+        self._long: Lane | None = None
+        self._under_way: dict[object, None] = {}
+        self._put_off = False
+        self._early: deque[bytearray] = deque()
+        self._unsent = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._logged: dict[str, tuple[float, int]] = {}
+        self._closed = False
+
+    # -- in the starting thread, with the descriptor lock held
+
+    def open(self) -> tuple[int, bytes]:
+        """Makes the door; returns the tree's descriptor and the value of its variable."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._door = _above_stdio(ours)
+        self._theirs = _above_stdio(theirs)
+        self._door_fd = fds.own(self._door.fileno())
+        return self._theirs.fileno(), rendezvous.describe(self._theirs).encode()
+
+    def close_child_end(self) -> None:
+        if self._theirs is not None:
+            self._theirs.close()
+            self._theirs = None
+
+    # -- from any thread
+
+    def start(self) -> None:
+        """The tree runs, or is about to."""
+        self.loop.post(self._start)
+
+    def close(self) -> None:
+        """The tree has ended."""
+        self._closed = True
+        self.loop.post(self._close)
+
+    def notify(self, body: Any) -> None:
+        """See `WatchedSubprocess.notify`."""
+        if self._closed:
+            raise ChannelClosed(f"tree {self.tree_id} has ended: nobody is there to be notified")
+        try:
+            frame = encode_response(NOTIFICATION, body, None, self.server.max_frame)
+        except TooLong as error:
+            raise FrameTooLarge(
+                f"the notification has {error.length} bytes, and max_frame is "
+                f"{self.server.max_frame}"
+            ) from None
+        waiting = max((lane.wire.queued for lane in tuple(self._lanes)), default=len(self._early))
+        if waiting + self._unsent >= MOST_NOTIFICATIONS:
+            raise ChannelFull(
+                f"tree {self.tree_id} does not read: {MOST_NOTIFICATIONS} notifications wait for it"
+            )
+        self._unsent += 1
+        self.loop.post(partial(self._push, frame))
+
+    # -- on the loop
+
+    def _push(self, frame: bytearray) -> None:
+        self._unsent = max(0, self._unsent - 1)
+        if not self._lanes:
+            self._early.append(frame)
+        for lane in tuple(self._lanes):
+            lane.send(frame)
+
+    def _start(self) -> None:
+        if self._door is not None and not self._closed:
+            self.loop.register(self._door_fd, READ, self._on_door)
+
+    def _on_door(self, mask: int) -> None:
+        """Somebody connects, or the last who could has gone."""
+        assert self._door is not None
+        try:
+            nonce = self._door.recv(rendezvous.NONCE + 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            nonce = b""
+        if not nonce:
+            self._close_door()
+            return
+        error = ""
+        if len(nonce) != rendezvous.NONCE:
+            error = "that was no nonce"
+        elif len(self._lanes) >= self.server.max_connections:
+            error = f"the tree has {self.server.max_connections} connections already"
+        if error:
+            self.log("channel.connection_refused", why=error)
+        # EAGAIN: it does not read what we answer; others: it has gone.
+        with contextlib.suppress(OSError):
+            self._welcome(nonce, error)
+
+    def _welcome(self, nonce: bytes, error: str) -> None:
+        assert self._door is not None
+        data = msgspec.msgpack.encode(rendezvous.Welcome(nonce, error))
+        if error:
+            self._door.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            return
+        with fds.making():
+            ours, theirs = socket.socketpair()
+            ours = _above_stdio(ours)
+            fds.own(ours.fileno())
+        with theirs:
+            try:
+                flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+                socket.send_fds(self._door, [data], [theirs.fileno()], flags)
+            except BaseException:
+                fds.disown(ours.fileno())
+                ours.close()
+                raise
+        lane = Lane(self, ours)
+        self._lanes.append(lane)
+        while self._early:
+            lane.send(self._early.popleft())
+        lane.watch()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self.loop.unregister(self._door_fd)
+            fds.disown(self._door_fd)
+            self._door.close()
+            self._door = None
+
+    def gone(self, lane: Lane) -> None:
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+        if self._long is lane:
+            self._long = None
+        self._go_on()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._close_door()
+        for lane in tuple(self._lanes):
+            lane.close()
+        self._early.clear()
+        for task in tuple(self._tasks):
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def _go_on(self) -> None:
+        self._put_off = False
+        for lane in tuple(self._lanes):
+            lane.advance()
+
+    # -- what there is room for
+
+    def may_have_long(self, lane: Lane) -> bool:
+        """One at a time: a long frame takes memory while it comes, and its request may keep it."""
+        if lane.wire.awaited <= LONG:
+            return True
+        if self._long is None:
+            self._long = lane
+        return self._long is lane
+
+    def has_room(self) -> bool:
+        if len(self._under_way) < self.server.max_in_flight:
+            return True
+        self._put_off = True
+        # Looked at again: what ended before that line did not see it.
+        return len(self._under_way) < self.server.max_in_flight
+
+    # -- requests
+
+    def begin(self, lane: Lane, frame: Frame) -> None:
+        """One request: whatever it is, it gets one answer."""
+        number: int | None = None
+        token = object()
+        self._under_way[token] = None
+        done = partial(self._done, lane, token, frame.length > LONG)
+        try:
+            if frame.refused:
+                limit = self.server.max_frame
+                problem = f"the request has {frame.length} bytes, and max_frame is {limit}"
+                raise RemoteError(FRAME_TOO_LARGE, problem)
+            try:
+                request = decode_request(frame.data)
+            except _UNDECODABLE as error:
+                raise RemoteError(UNDECODABLE, str(error)) from None
+            number = request.id
+            handler, body = self.server.handlers.find(request.body)
+        except RemoteError as error:
+            if number is None:
+                number = read_id(frame.data)
+            self.log("channel.request_refused", type=error.type, error=error.message)
+            answer = encode_response(number or NOTIFICATION, None, error.to_wire())
+            done(answer)
+            return
+        self._run(handler, body, partial(self._answer, number, done))
+
+    def _run(self, handler: Handler, body: Any, finish: Callable[..., None]) -> None:
+        if handler.where is Where.INLINE:
+            self._call(handler, body, finish)
+        elif handler.where is Where.THREAD:
+            worker.run(partial(self._call, handler, body, finish))
+        else:
+            try:
+                loop = self.server.task_loop()
+                loop.call_soon_threadsafe(self._start_task, loop, handler, body, finish)
+            except RuntimeError as error:
+                finish(None, RuntimeError(f"the handlers' event loop has ended: {error}"))
+
+    def _call(self, handler: Handler, body: Any, finish: Callable[..., None]) -> None:
+        try:
+            answer = handler.function(body, self._caller)
+        except BaseException as error:
+            finish(None, error)
+        else:
+            finish(answer, None)
+
+    def _start_task(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        handler: Handler,
+        body: Any,
+        finish: Callable[..., None],
+    ) -> None:
+        task = loop.create_task(self._await(handler, body, finish))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if self._closed:
+            task.cancel()
+
+    async def _await(self, handler: Handler, body: Any, finish: Callable[..., None]) -> None:
+        try:
+            answer = await handler.function(body, self._caller)
+        except BaseException as error:
+            finish(None, error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            finish(answer, None)
+
+    # -- from any thread: how a request ends
+
+    def _answer(
+        self, number: int, done: Callable[..., None], answer: Any, error: BaseException | None
+    ) -> None:
+        passed: tuple[int, ...] = ()
+        keep: Any = None
+        if error is not None:
+            if not isinstance(error, RemoteError) and not self._closed:
+                self.log("channel.handler_failed", error=repr(error), exc_info=error)
+            answer, wire_error = None, to_error(error)
+        else:
+            wire_error = None
+            if type(answer) is Answer:
+                keep = _Kept(answer.fds)
+                answer, passed = answer.body, keep.numbers
+        try:
+            frame = encode_response(number, answer, wire_error, self.server.max_frame)
+        except Exception as problem:
+            self.log("channel.answer_failed", error=repr(problem))
+            frame = encode_response(number, None, self._encoding_failed(problem).to_wire())
+            passed = ()
+        done(frame, passed, keep)
+
+    def _encoding_failed(self, problem: Exception) -> RemoteError:
+        if isinstance(problem, TooLong):
+            limit = self.server.max_frame
+            text = f"the answer has {problem.length} bytes, and max_frame is {limit}"
+            return RemoteError(ANSWER_TOO_LARGE, text)
+        return RemoteError(UNENCODABLE_ANSWER, f"the answer cannot be encoded: {problem}")
+
+    def _done(
+        self,
+        lane: Lane,
+        token: object,
+        long: bool,
+        frame: bytearray,
+        passed: tuple[int, ...] = (),
+        keep: Any = None,
+    ) -> None:
+        if not lane.closed:
+            lane.send(frame, passed, keep)
+        self._under_way.pop(token, None)
+        if long:
+            self.loop.post(partial(self._long_done, lane))
+        elif self._put_off:
+            self.loop.post(self._go_on)
+
+    def _long_done(self, lane: Lane) -> None:
+        if self._long is lane:
+            self._long = None
+        self._go_on()
+
+    # -- events
+
+    def log(self, event: str, **fields: Any) -> None:
+        """At most one of a kind a second; how many were left out is in the next."""
+        now = time.monotonic()
+        due, left_out = self._logged.get(event, (0.0, 0))
+        if now < due:
+            self._logged[event] = (due, left_out + 1)
+            return
+        self._logged[event] = (now + EVENT_SECONDS, 0)
+        if left_out:
+            fields["left_out"] = left_out
+        events.warning(event, tree_id=self.tree_id, name=self.name, **fields)
+
+
+def _above_stdio(sock: socket.socket) -> socket.socket:
+    return socket.socket(fileno=fds.above_stdio(sock.detach()))
+
+
+class _Kept:
+    """Descriptors of an answer, until it is sent."""
+
+    def __init__(self, passed: Any) -> None:
+        if len(passed) > MOST_FDS:
+            raise ValueError(f"fds: {MOST_FDS} at most go with an answer, not {len(passed)}")
+        self._owned = PassedFds(tuple(fd for fd in passed if isinstance(fd, int)))
+        self._objects = [fd for fd in passed if not isinstance(fd, int)]
+        self.numbers = tuple(fd if isinstance(fd, int) else fd.fileno() for fd in passed)

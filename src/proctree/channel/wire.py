@@ -1,0 +1,249 @@
+"""Frames over a Unix stream socket, from any thread and from inside a signal handler.
+
+Python runs a signal handler in the main thread between any two bytecodes, also in the middle of
+what stands here, and the handler may come back here before what it interrupted goes on; or it may
+raise, and what it interrupted never goes on. A lock against that would wait for itself, so:
+
+* Other threads are kept out by an RLock, which lets the same thread in again, and is held by `with`
+  alone, which no exception can come in between.
+* What is received is put where everybody finds it, and what is sent is taken away, by the one call
+  into C that does the system call: no handler runs inside, so none ever sees bytes that are neither
+  in the kernel nor in `_inbox`, or that are in both the kernel and `_out`.
+* Cutting the stream into frames is a function of `_inbox` (frames.py). Only the outermost call
+  takes what was cut away from it; a call inside another one sees the same frames again, and more.
+  So a frame may be delivered twice, and whoever gets it must not mind.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat, starmap
+from operator import call, itemgetter
+from typing import Any
+
+from proctree.channel.frames import LENGTH, NOTHING, Chunk, Frame, Rest, needed, split
+
+PIECE = 32 << 10
+"""Bytes sent at once. The kernel makes one message of at most so many, and takes all of it or
+nothing (unix_stream_sendmsg): there is no half of a piece to be remembered."""
+
+RECEIVE = 64 << 10
+"""Bytes received at once."""
+
+WAIT_SECONDS = 0.01
+"""The longest time spent in a receive that waits: nothing but data ends it, nobody else can receive
+meanwhile, and it may miss a signal that comes just before it."""
+
+MOST_FDS = 32
+"""Descriptors that may come with one frame."""
+
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_RECEIVE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_WAITING_FLAGS = socket.MSG_CMSG_CLOEXEC
+_INT = array.array("i").itemsize
+
+Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+_END: Received = (b"", [], 0, None)
+"""What a receive returns at the end of the stream."""
+
+Deliver = Callable[[Frame], Any]
+Commit = Callable[[list[Any], list[tuple[int, ...]]], Iterable[tuple[Any, ...]]]
+
+
+def is_stream(sock: socket.socket) -> bool:
+    """Whether it is what `Wire` needs."""
+    return sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % _INT])
+    return tuple(fds)
+
+
+class Wire:
+    """One end of a stream of frames.
+
+    Args:
+        sock: an AF_UNIX stream socket.
+        max_frame: in bytes: longer frames are passed over, and delivered as refused.
+        with_fds: take descriptors that come with frames. Without it the kernel drops them.
+    """
+
+    def __init__(self, sock: socket.socket, max_frame: int, *, with_fds: bool) -> None:
+        self.max_frame = max_frame
+        self.ended = False
+        """The other side is gone: nothing more will come. What came before was delivered."""
+        self._sock = sock
+        self._sending = threading.RLock()
+        self._receiving = threading.RLock()
+        self._inbox: list[Any] = [NOTHING]
+        room = socket.CMSG_SPACE(MOST_FDS * _INT) if with_fds else 0
+        arguments = repeat(RECEIVE), repeat(room)
+        self._receive = map(sock.recvmsg, *arguments, repeat(_RECEIVE_FLAGS))
+        self._receive_waiting = map(sock.recvmsg, *arguments, repeat(_WAITING_FLAGS))
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(WAIT_SECONDS))
+        self._out: deque[tuple[Any, ...]] = deque()
+        # Each step sends what is first in `_out` and then takes it out. IndexError: there is
+        # nothing; BlockingIOError: there is no room; and it can go on after either.
+        send = starmap(call, map(itemgetter(0), repeat(self._out)))
+        self._send = zip(send, map(call, repeat(self._out.popleft)), strict=False)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Not while another thread is in a system call with the number."""
+        with self._sending, self._receiving:
+            self._sock.close()
+
+    # -- sending
+
+    @property
+    def queued(self) -> int:
+        """Pieces that are waiting for room in the socket."""
+        return len(self._out)
+
+    def put(
+        self,
+        frame: bytes | bytearray,
+        fds: tuple[int, ...] = (),
+        then: Callable[[], object] | None = None,
+    ) -> None:
+        """Queues one frame, or several in one; `flush` sends.
+
+        Args:
+            fds: descriptors to go with it; they must stay open until it is sent.
+            then: done in the same step, if it is one call into C.
+        """
+        pieces: list[tuple[Any, ...]]
+        if len(frame) <= PIECE:
+            pieces = [(self._sock.send, frame, _SEND_FLAGS)]
+        else:
+            view = memoryview(frame)
+            cuts = range(0, len(frame), PIECE)
+            pieces = [(self._sock.send, view[at : at + PIECE], _SEND_FLAGS) for at in cuts]
+        if fds:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+            pieces[0] = (self._sock.sendmsg, [pieces[0][1]], ancillary, _SEND_FLAGS)
+        if then is None:
+            self._out.extend(pieces)  # at once: nothing of anybody else's comes in between
+        else:
+            deque(starmap(call, ((self._out.extend, pieces), (then,))), 0)
+
+    def flush(self) -> bool:
+        """Sends what the kernel has room for; returns whether that was everything.
+
+        Raises:
+            OSError: the other side is gone (EPIPE, ECONNRESET).
+        """
+        with self._sending:
+            try:
+                for count, piece in self._send:
+                    if count != _size(piece):
+                        raise RuntimeError(f"the kernel sent {count} bytes of {_size(piece)}")
+            except IndexError:
+                return True
+            except BlockingIOError:
+                return False
+        return True
+
+    # -- receiving
+
+    @property
+    def awaited(self) -> int:
+        """Bytes of a frame that has begun and is not whole; 0: of none that we know to have
+        begun."""
+        rest = self._inbox[0]
+        return 0 if rest is NOTHING else needed(rest, self.max_frame)
+
+    def pump(self, deliver: Deliver, commit: Commit, wait: bool = False) -> bool:
+        """Receives once, if anything is there, and delivers the frames that are whole.
+
+        Args:
+            deliver: called for each frame, in order, and for some perhaps again, see the module;
+                returns what is to be noted, or None.
+            commit: asked what is to be done in the same step as frames are taken away, and so just
+                once, about what was noted of them, and about descriptors that came with them:
+                calls into C, each as (function, *args).
+            wait: if nothing is there, for `WAIT_SECONDS`.
+
+        Returns:
+            Whether there may be more.
+        """
+        # Whether what we interrupted is in here. `with` releases what it acquires whatever comes,
+        # and the lock knows its owner: a flag of our own could be left standing.
+        inside = self._receiving._is_owned()  # type: ignore[attr-defined]
+        with self._receiving:
+            if self.ended:
+                return False
+            more = self._receive_once(self._receive_waiting if wait else self._receive)
+            if len(self._inbox) > 1:
+                self._deliver(deliver, None if inside else commit)
+        return more
+
+    def _receive_once(self, receive: Iterator[Received]) -> bool:
+        """Returns whether there may be more."""
+        try:
+            try:
+                self._inbox.extend(islice(receive, 1))
+            except ConnectionResetError:
+                # It was closed with something of ours unread. The kernel says so once, before what
+                # the other side had said until then.
+                self._inbox.extend(islice(receive, 1))
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._inbox.append(_END)
+        return len(self._inbox[-1][0]) == RECEIVE
+
+    def _deliver(self, deliver: Deliver, commit: Commit | None) -> None:
+        snapshot = self._inbox[:]
+        frames, rest = self._frames(snapshot)
+        if rest is None:
+            return
+        notes = [note for frame in frames if (note := deliver(frame)) is not None]
+        if not snapshot[-1][0]:
+            self.ended = True
+        if commit is None:
+            return
+        passed = [frame.fds for frame in frames if frame.fds]
+        taken = slice(0, len(snapshot))
+        if notes or passed:
+            steps = [(self._inbox.__setitem__, taken, [rest]), *commit(notes, passed)]
+            deque(starmap(call, steps), 0)
+        else:
+            self._inbox[taken] = [rest]
+
+    def _frames(self, snapshot: list[Any]) -> tuple[Sequence[Frame], Rest | None]:
+        """Pure. No rest: there is nothing new."""
+        rest, received = snapshot[0], snapshot[1:]
+        if len(received) == 1 and rest is NOTHING:
+            # The usual: one answer, whole.
+            data, ancillary, _, _ = received[0]
+            length = len(data) - LENGTH.size
+            whole = length > 0 and LENGTH.unpack_from(data)[0] == length
+            if whole and length <= self.max_frame and not ancillary:
+                return (Frame(memoryview(data)[LENGTH.size :], length),), NOTHING
+        size = sum(len(item[0]) for item in received)
+        if size < needed(rest, self.max_frame) and received[-1][0]:
+            return (), None
+        chunks = [Chunk(item[0], _descriptors(item[1]) if item[1] else ()) for item in received]
+        return split(rest, chunks, self.max_frame)
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _size(piece: tuple[Any, ...]) -> int:
+    data = piece[1]
+    return len(data[0] if isinstance(data, list) else data)
