@@ -94,6 +94,7 @@ class Lane:
         self._mask = 0
         self._kept: deque[object] = deque()
         """What must not be closed before it is sent."""
+        self._gathered: dict[object, list[bytearray]] = {}
         self.closed = False
 
     def watch(self) -> None:
@@ -137,6 +138,7 @@ class Lane:
         gets no new ones."""
         while self.waiting and not self.wire.queued and self._served.has_room():
             self._served.begin(self, self.waiting.popleft())
+        self.send_gathered(self._served.loop)
 
     def advance(self) -> None:
         """Goes on with what was put off."""
@@ -157,6 +159,19 @@ class Lane:
         self.flush()
         if self.wire.queued:
             self._served.loop.post(self.watch)
+
+    def gather(self, frame: bytearray, by: object) -> bool:
+        """Keeps an answer until `send_gathered`, by one who will have more of them at once; returns
+        whether it is the first."""
+        frames = self._gathered.setdefault(by, [])
+        frames.append(frame)
+        return len(frames) == 1
+
+    def send_gathered(self, by: object) -> None:
+        """In one system call."""
+        frames = self._gathered.pop(by, None)
+        if frames and not self.closed:
+            self.send(b"".join(frames))
 
     def flush(self) -> None:
         try:
@@ -393,8 +408,7 @@ class Served:
             worker.run(partial(self._call, handler, body, finish))
         else:
             try:
-                loop = self.server.task_loop()
-                loop.call_soon_threadsafe(self._start_task, loop, handler, body, finish)
+                self.server.tasks.submit(partial(self._start_task, handler, body, finish))
             except RuntimeError as error:
                 finish(None, RuntimeError(f"the handlers' event loop has ended: {error}"))
 
@@ -406,14 +420,8 @@ class Served:
         else:
             finish(answer, None)
 
-    def _start_task(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        handler: Handler,
-        body: Any,
-        finish: Callable[..., None],
-    ) -> None:
-        task = loop.create_task(self._await(handler, body, finish))
+    def _start_task(self, handler: Handler, body: Any, finish: Callable[..., None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._await(handler, body, finish))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         if self._closed:
@@ -470,12 +478,24 @@ class Served:
         keep: Any = None,
     ) -> None:
         if not lane.closed:
-            lane.send(frame, passed, keep)
+            self._send(lane, frame, passed, keep)
         self._under_way.pop(token, None)
         if long:
             self.loop.post(partial(self._long_done, lane))
         elif self._put_off:
             self.loop.post(self._go_on)
+
+    def _send(self, lane: Lane, frame: bytearray, passed: tuple[int, ...], keep: Any) -> None:
+        """Answers that are there at the same time go together."""
+        if keep is not None:
+            lane.send(frame, passed, keep)
+        elif self.loop.is_current_thread():
+            lane.gather(frame, self.loop)  # Lane.begin, which called the handler, sends it
+        elif self.server.tasks.is_running():
+            if lane.gather(frame, self.server):
+                asyncio.get_running_loop().call_soon(lane.send_gathered, self.server)
+        else:
+            lane.send(frame)
 
     def _long_done(self, lane: Lane) -> None:
         if self._long is lane:

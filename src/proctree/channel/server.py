@@ -91,7 +91,7 @@ class Server:
         self.max_frame = to_max_frame(max_frame)
         if loop is not None and not isinstance(loop, asyncio.AbstractEventLoop):
             raise TypeError(f"loop: an event loop of asyncio, not {loop!r}")
-        self._task_loop = loop
+        self.tasks = tasks.Tasks(loop)
         self.handlers = Handlers()
 
     def handler(self, function: Function) -> Function:
@@ -124,7 +124,3 @@ class Server:
     def serve(self, tree_id: str, name: str) -> Served:
         """For one tree that is about to start."""
         return Served(self, _channel_loop(), tree_id, name)
-
-    def task_loop(self) -> asyncio.AbstractEventLoop:
-        """Where async handlers run."""
-        return self._task_loop if self._task_loop is not None else tasks.loop()

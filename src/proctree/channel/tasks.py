@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import selectors
 import threading
+from collections import deque
+from collections.abc import Callable
 
 from proctree.process import fds
 
@@ -25,6 +27,50 @@ def loop() -> asyncio.AbstractEventLoop:
             ).start()
             _loop = made
         return _loop
+
+
+class Tasks:
+    """Starts tasks in a loop from another thread: those that come together at one go.
+
+    Args:
+        given: the loop; default is the process's.
+    """
+
+    def __init__(self, given: asyncio.AbstractEventLoop | None = None) -> None:
+        self._given = given
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._posted = False
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Calls `job` in the loop.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
+        self._jobs.append(job)
+        if self._posted:
+            return
+        self._posted = True
+        try:
+            (self._given or loop()).call_soon_threadsafe(self._run_jobs)
+        except BaseException:
+            self._posted = False
+            self._jobs.remove(job)
+            raise
+
+    def is_running(self) -> bool:
+        """Whether the caller runs in the loop."""
+        running = asyncio._get_running_loop()
+        return running is not None and running is (self._given or _loop)
+
+    def _run_jobs(self) -> None:
+        self._posted = False  # before the first is taken: what comes from now on posts again
+        while True:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:
+                return
+            job()
 
 
 def _run(made: asyncio.AbstractEventLoop) -> None:
