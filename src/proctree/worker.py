@@ -7,6 +7,7 @@ needed and kept for a while for the next.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -18,20 +19,36 @@ IDLE_SECONDS = 5.0
 
 
 class _Threads:
-    """As many threads as there are busy queues, and a few idle ones."""
+    """As many threads as there are jobs that take long, and a few idle ones.
+
+    One thread at a time is on its way to the work that waits, and calls the next when it is there.
+    Jobs that are done at once are thus done by two or three threads one after the other, without a
+    wake-up each; and each job that blocks costs those behind it no more than one such step.
+    """
 
     def __init__(self) -> None:
-        self._wanted = threading.Condition()
+        self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
-        self._idle = 0
+        self._idle: list[threading.Lock] = []
+        self._coming = False
 
     def run(self, job: Job) -> None:
-        with self._wanted:
+        with self._lock:
             self._jobs.append(job)
-            if self._idle >= len(self._jobs):
-                self._wanted.notify()
-                return
-        self._start()
+            wanted = self._call()
+        if wanted:
+            self._start()
+
+    def _call(self) -> bool:
+        """With the lock: has one more thread come if there is work for it; returns whether it has
+        to be made."""
+        if self._coming or not self._jobs:
+            return False
+        self._coming = True
+        if not self._idle:
+            return True
+        self._idle.pop().release()
+        return False
 
     def _start(self) -> None:
         """Where no thread can be had for now the work is kept: for one of those that there are, or
@@ -40,26 +57,51 @@ class _Threads:
             threading.Thread(target=self._work, name="proctree-callbacks", daemon=True).start()
         except RuntimeError:  # EAGAIN or ENOMEM of pthread_create(3)
             if try_later is None:
+                with self._lock:
+                    self._coming = False
                 raise
             try_later(self._start_again)
 
     def _start_again(self) -> None:
-        with self._wanted:
-            if not self._jobs:
-                return
-        self._start()
+        with self._lock:
+            self._coming = False
+            wanted = self._call()
+        if wanted:
+            self._start()
 
     def _work(self) -> None:
+        arrived = True
         while True:
-            with self._wanted:
-                if not self._jobs:
-                    self._idle += 1
-                    self._wanted.wait(IDLE_SECONDS)
-                    self._idle -= 1
-                    if not self._jobs:
-                        return
-                job = self._jobs.popleft()
+            gate = None
+            with self._lock:
+                if arrived:
+                    self._coming = arrived = False
+                if self._jobs:
+                    job, wanted = self._jobs.popleft(), self._call()
+                else:
+                    gate = threading.Lock()
+                    gate.acquire()
+                    self._idle.append(gate)
+            if gate is not None:
+                arrived = self._is_called(gate)
+                if not arrived:
+                    return
+                continue
+            if wanted:
+                # Without another thread the work waits for the next one that is done with its own.
+                with contextlib.suppress(RuntimeError):
+                    self._start()
             job()
+
+    def _is_called(self, gate: threading.Lock) -> bool:
+        """Whether an idle thread is needed again before its time is up."""
+        if gate.acquire(timeout=IDLE_SECONDS):
+            return True
+        with self._lock:
+            if gate not in self._idle:
+                return True  # just now
+            self._idle.remove(gate)
+        return False
 
 
 try_later: Callable[[Job], None] | None = None
