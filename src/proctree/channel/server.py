@@ -52,7 +52,7 @@ def _count(value: Any, argument: str) -> int:
 
 
 class Server:
-    """Handlers for the requests of trees, by the type of the message.
+    """Handlers for the requests of trees, by the type of the message::
 
         server = Server()
 
