@@ -40,7 +40,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 import airflow_peer as peer
@@ -51,8 +52,14 @@ from asgiref.sync import sync_to_async
 
 TRIGGERS = 8
 DELAY = ["--delay", "0.001"]
-QUIET = 2.0
-"""So many seconds after the last thing that happened the rest is hung."""
+TICK = 0.02
+QUIET = 100
+"""When nothing has happened for so many ticks the rest is hung. They are counted, because no thread
+runs while a decoder that took something else for a length gets itself that much memory."""
+
+MEMORY = 2 * 1024**3
+"""What a shape may have. A decoder that took something else for a length wants more: without this
+it would wait for ever, with gigabytes."""
 
 Send = Callable[[Any], Any]
 Asend = Callable[[Any], Awaitable[Any]]
@@ -63,9 +70,12 @@ class Tally:
 
     def __init__(self, planned: int) -> None:
         self.planned = planned
+        self.name = "request"
         self.random = random.Random(1)
         self.more: dict[str, Any] = {}
-        self.happened = self._began = time.monotonic()
+        self.events = 0
+        self.ended = threading.Event()
+        self._began = time.monotonic()
         self._lock = threading.Lock()
         self._left = planned
         self._counts: Counter[str] = Counter()
@@ -77,13 +87,14 @@ class Tally:
             self._left -= 1
             return self._left >= 0
 
-    def request(self, name: object = "") -> str:
+    def request(self) -> str:
         """A request is made; returns its key."""
         with self._lock:
             if not self._counts["requests"]:
                 self._began = time.monotonic()
+            self.events += 1
             self._counts["requests"] += 1
-            return f"{name}-{self._counts['requests']}"
+            return f"{self.name}-{self._counts['requests']}"
 
     def answered(self, key: str, answer: object) -> None:
         right = peer.is_answer(answer, key)
@@ -128,10 +139,25 @@ class Tally:
 
     def _ended(self, count: str, moment: str = "") -> None:
         with self._lock:
-            self.happened = time.monotonic()
+            self.events += 1
             self._counts[count] += 1
             if moment and not (moment.startswith("first") and moment in self._times):
-                self._times[moment] = round(self.happened - self._began, 4)
+                self._times[moment] = round(time.monotonic() - self._began, 4)
+
+
+class Quiet:
+    """Counts the ticks in which nothing has happened."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._events = -1
+        self._ticks = 0
+
+    def for_ticks(self, number: int) -> bool:
+        """To be called once every tick."""
+        self._ticks = self._ticks + 1 if self._events == self._tally.events else 0
+        self._events = self._tally.events
+        return self._ticks >= number
 
 
 # How one request is made.
@@ -157,11 +183,12 @@ async def aask(tally: Tally, asend: Asend) -> None:
         tally.answered(key, answer)
 
 
-async def ask_and_cancel(tally: Tally, asend: Asend, after: float) -> None:
-    """Cancels the request when it has not ended after so many seconds; 0: when it has begun."""
+async def ask_and_cancel(tally: Tally, asend: Asend, after: float, turns: int = 1) -> None:
+    """Cancels the request when it has not ended after so many turns of the loop and seconds."""
     key = tally.request()
     task = asyncio.ensure_future(asend(peer.GetVariable(key=key)))
-    await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
     if after:
         await asyncio.wait([task], timeout=after)
     by_us = not task.done() and task.cancel()
@@ -174,6 +201,16 @@ async def ask_and_cancel(tally: Tally, asend: Asend, after: float) -> None:
         tally.failed(error)
     else:
         tally.answered(key, task.result())
+
+
+def opened(*arguments: str) -> socket.socket:
+    """A channel that stays open until the process ends, for what may still be reading then."""
+    channel = peer.echo(*arguments)
+    _opened.append(channel)
+    return channel.__enter__()
+
+
+_opened: list[AbstractContextManager[socket.socket]] = []
 
 
 # Triggers.
@@ -267,11 +304,13 @@ async def trigger_loops(tally: Tally) -> None:
 
 async def trigger_cancel_once(tally: Tally) -> None:
     """One request is cancelled while it is in flight."""
-    with peer.echo("--first", "StartTriggerer", *DELAY) as connection:
+    tally.planned = 302
+    with peer.echo("--first", "StartTriggerer", "--delay", "0.005") as connection:
         async with peer.trigger_comms(connection) as comms:
             await aask(tally, comms.asend)
-            await ask_and_cancel(tally, comms.asend, 0.0005)
-            await _main_loop(tally, comms)
+            await ask_and_cancel(tally, comms.asend, 0.002)
+            for _ in range(300):
+                await aask(tally, comms.asend)
 
 
 async def trigger_end(tally: Tally) -> None:
@@ -289,7 +328,7 @@ async def trigger_end(tally: Tally) -> None:
 
 async def trigger_flood(tally: Tally) -> None:
     """The other end does not read at all. The requests can only hang; what is queued meanwhile?"""
-    tally.planned, size = 20_000, 10_000
+    tally.planned, size = 10_000, 10_000
     ours, theirs = socket.socketpair()
     theirs.sendall(_ResponseFrame(id=0, body={"type": "StartTriggerer"}).as_bytes())
     async with peer.trigger_comms(ours) as comms:
@@ -320,18 +359,31 @@ async def task_asend(tally: Tally) -> None:
         await asyncio.gather(*[run() for _ in range(TRIGGERS)])
 
 
-def task_cancel_once(after: float) -> Callable[[Tally], Awaitable[None]]:
-    """One request is cancelled after so many seconds."""
+async def task_cancel_once(tally: Tally) -> None:
+    """One request is cancelled, in each of many channels, at one moment or another. `channels` has
+    how many went on well, and in how many later requests hung, failed or got another's answer."""
+    moments = [(turns, 0.0) for turns in (1, 2, 3, 4, 6, 8, 12, 16)] + [(1, 0.001)] * 4
+    later, rounds = 20, 2
+    tally.more["channels"] = channels = Counter[str]()
+    tally.planned = len(moments) * rounds * (later + 2)
+    for turns, seconds in moments * rounds:
+        comms = peer.task_comms(opened("--delay", "0.003"))
+        # The threads of the executor may never be free again.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
 
-    async def run(tally: Tally) -> None:
-        with peer.echo(*DELAY) as connection:
-            comms = peer.task_comms(connection)
+        async def run(
+            comms: peer.CommsDecoder = comms, turns: int = turns, seconds: float = seconds
+        ) -> None:
             await aask(tally, comms.asend)
-            await ask_and_cancel(tally, comms.asend, after)
-            while tally.more_to_do():
+            await ask_and_cancel(tally, comms.asend, seconds, turns)
+            for _ in range(later):
                 await aask(tally, comms.asend)
 
-    return run
+        before = tally.result()
+        await asyncio.wait([asyncio.create_task(run())], timeout=0.3)
+        after = tally.result()
+        kinds = ("errors", "wrong", "hung")
+        channels[next((kind for kind in kinds if after[kind] != before[kind]), "well")] += 1
 
 
 async def task_cancel(tally: Tally) -> None:
@@ -389,8 +441,8 @@ def task_timeout(tally: Tally) -> None:
             tally.cancelled()
         else:
             tally.answered(key, answer)
-        tally.planned = min(tally.planned, 300)
-        for _ in range(tally.planned - 2):
+        tally.planned = 302
+        for _ in range(300):
             ask(tally, comms.send)
 
 
@@ -401,35 +453,29 @@ def task_fork(tally: Tally) -> None:
         while tally.more_to_do():
             ask(tally, comms.send)
 
-    with peer.echo(*DELAY) as connection:
-        comms = peer.task_comms(connection)
-        ask(tally, comms.send)
-        reading, writing = os.pipe()
-        if os.fork() == 0:
-            os.close(reading)
-            child = Tally(tally.planned)
-            child.request = lambda name="": Tally.request(child, "child")
-            tally = child
+    comms = peer.task_comms(opened(*DELAY))
+    ask(tally, comms.send)
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(reading)
+        child = Tally(tally.planned)
+        child.name = "child"
+        tally = child
 
-            def report() -> None:
-                os.write(writing, json.dumps(child.result()).encode())
-                os._exit(0)
+        def report() -> None:
+            os.write(writing, json.dumps(child.result()).encode())
 
-            watch(child, QUIET * 4, report, run)
-        os.close(writing)
-        run_aside(run, tally)
-        tally.happened = time.monotonic() + QUIET
-        with os.fdopen(reading) as pipe:
-            tally.add(json.load(pipe))
-        tally.planned *= 2
-
-
-def run_aside(function: Callable[[], None], tally: Tally) -> None:
-    """Until it ends, or has hung."""
-    thread = threading.Thread(target=function, daemon=True)
+        watch(child, 10, report, run)
+    os.close(writing)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive() and time.monotonic() - tally.happened < QUIET / 2:
-        thread.join(0.05)
+    quiet = Quiet(tally)
+    while thread.is_alive() and not quiet.for_ticks(QUIET // 2):
+        thread.join(TICK)
+    tally.planned *= 2
+    tally.events += 1
+    with os.fdopen(reading) as pipe:
+        tally.add(json.load(pipe))
 
 
 SHAPES: dict[str, Callable[[Tally], Any]] = {
@@ -450,8 +496,7 @@ SHAPES: dict[str, Callable[[Tally], Any]] = {
     "task-send": task_send,
     "task-asend": task_asend,
     "task-send-in-loop": task_send_in_loop,
-    "task-cancel-at-once": task_cancel_once(0),
-    "task-cancel-in-flight": task_cancel_once(0.0005),
+    "task-cancel-once": task_cancel_once,
     "task-cancel": task_cancel,
     "task-timeout": task_timeout,
     "task-fork": task_fork,
@@ -462,13 +507,12 @@ def watch(
     tally: Tally, deadline: float, report: Callable[[], None], run: Callable[[], None]
 ) -> None:
     """Runs, and reports when that has ended, or has hung, or time is up. Ends the process."""
-    ended = threading.Event()
 
     def wait() -> None:
         end = time.monotonic() + deadline
-        while not ended.wait(0.02):
-            now = time.monotonic()
-            if now > end or now - tally.happened > QUIET:
+        quiet = Quiet(tally)
+        while not tally.ended.wait(TICK):
+            if time.monotonic() > end or quiet.for_ticks(QUIET):
                 break
         try:
             report()
@@ -480,13 +524,14 @@ def watch(
         run()
     except BaseException as error:
         tally.more["ended_by"] = f"{type(error).__name__}: {error}"
-    ended.set()
+    tally.ended.set()
     while True:
         signal.pause()
 
 
 def record(name: str, requests: int, deadline: float) -> None:
     """One shape. Ends the process."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     tally = Tally(requests)
     shape = SHAPES[name]
 
@@ -495,6 +540,9 @@ def record(name: str, requests: int, deadline: float) -> None:
 
             async def wait() -> None:
                 await result
+                tally.ended.set()
+                # What is hung is not to be cancelled by the end of the loop.
+                await asyncio.Event().wait()
 
             asyncio.run(wait())
 
