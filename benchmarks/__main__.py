@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from benchmarks import bomb, capture, command, exiting, idle, killing, lines, start, table
+from benchmarks import bomb, capture, channel, command, exiting, idle, killing, lines, start, table
 from benchmarks.timing import Effort
 
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "exit": exiting.measure,
     "command": command.measure,
     "idle": idle.measure,
+    "channel": channel.measure,
 }
 
 

@@ -1,89 +1,25 @@
 """Requests a second of the channel of Airflow's task SDK, to be run in a venv with Airflow.
 
-    airflow_channel.py [--seconds S | --requests N] [--delay SECONDS] SHAPE...
+Called as channel_shapes.py says, with these shapes:
 
-Every SHAPE is measured against a channel_echo.py of its own:
-
-- raw:BYTES       no channel at all: so many bytes to and fro
 - send:THREADS    CommsDecoder.send, from so many threads
 - asend:TASKS     CommsDecoder.asend, from so many tasks
 - trigger:TASKS   TriggerCommsDecoder.asend, from so many tasks
-
-One line of JSON is printed for each as soon as it is known:
-`{"shape", "version", "delay", "requests", "seconds", "rate", "p50", "p99"}`, the rate a second, the
-percentiles in seconds. With no SHAPE they are read from standard input, one a line, so that whoever
-measures can take turns. Every answer is checked to be that of its request.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import itertools
-import os
-import socket
-import statistics
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import airflow_peer as peer
-
-WARM_UP = 0.3
-
-
-class Turn:
-    """When to stop, and how long each request took."""
-
-    def __init__(self, seconds: float, requests: int | None) -> None:
-        self._numbers: Iterator[int] = (
-            itertools.count() if requests is None else iter(range(requests))
-        )
-        self._began = time.perf_counter()
-        self._end = self._began + seconds
-        self._latencies: list[float] = []
-
-    def requests(self) -> Iterator[str]:
-        """The keys of one thread or task. What passes from one to the next is a request's time."""
-        for number in self._numbers:
-            before = time.perf_counter()
-            if before > self._end:
-                return
-            yield f"key-{number}"
-            self._latencies.append(time.perf_counter() - before)
-
-    def result(self) -> dict[str, Any]:
-        seconds = time.perf_counter() - self._began
-        count = len(self._latencies)
-        percentiles = statistics.quantiles(self._latencies, n=100) if count > 1 else [0.0] * 99
-        return {
-            "requests": count,
-            "seconds": seconds,
-            "rate": count / seconds,
-            "p50": percentiles[49],
-            "p99": percentiles[98],
-        }
-
-
-TurnMaker = Callable[[float | None], Turn]
-"""Makes a turn: the warm-up, with its seconds, or the real one."""
+from channel_shapes import WARM_UP, Shape, Turn, TurnMaker, run
 
 
 def _check(answer: object, key: str) -> None:
     if not peer.is_answer(answer, key):
         raise AssertionError(f"the answer to {key} was {answer}")
-
-
-def raw(size: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
-    message = b"x" * size
-    with peer.echo("--raw", str(size), *delay) as connection:
-        for seconds in (WARM_UP, None):
-            measured = turn(seconds)
-            for _ in measured.requests():
-                connection.sendall(message)
-                assert len(connection.recv(size, socket.MSG_WAITALL)) == size
-        return measured.result()
 
 
 def send(threads: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
@@ -127,51 +63,20 @@ def asend(tasks: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
 
 
 def trigger(tasks: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
-    async def run() -> dict[str, Any]:
+    async def measure() -> dict[str, Any]:
         async with peer.trigger_comms(connection) as comms:
             return await _tasks(comms, tasks, turn)
 
     with peer.echo("--first", "StartTriggerer", *delay) as connection:
-        return asyncio.run(run())
+        return asyncio.run(measure())
 
 
-SHAPES: dict[str, Callable[[int, list[str], TurnMaker], dict[str, Any]]] = {
-    "raw": raw,
+SHAPES: dict[str, Shape] = {
     "send": send,
     "asend": asend,
     "trigger": trigger,
 }
 
 
-def _lines(fd: int) -> Iterator[str]:
-    with os.fdopen(fd) as file:
-        yield from filter(None, map(str.strip, file))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=2)
-    parser.add_argument("--requests", type=int, help="so many, but no longer than the seconds")
-    parser.add_argument("--delay", type=float, default=0)
-    parser.add_argument("shapes", nargs="*", metavar="SHAPE")
-    arguments = parser.parse_args()
-    delay = ["--delay", str(arguments.delay)] if arguments.delay else []
-
-    def turn(seconds: float | None) -> Turn:
-        if seconds is None:
-            return Turn(arguments.seconds, arguments.requests)
-        return Turn(seconds, None)
-
-    # The triggerer's decoder takes standard input for its own.
-    shapes: Iterable[str] = arguments.shapes or _lines(os.dup(0))
-    for shape in shapes:
-        name, number = shape.split(":")
-        result = SHAPES[name](int(number), delay, turn)
-        version = peer.VERSION
-        peer.show({"shape": shape, "version": version, "delay": arguments.delay, **result})
-
-
 if __name__ == "__main__":
-    main()
+    run(SHAPES, peer.VERSION, peer.RESULTS)

@@ -11,12 +11,9 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 _home = tempfile.mkdtemp(prefix="proctree-airflow-")
@@ -27,11 +24,12 @@ os.environ.update(
     AIRFLOW__LOGGING__LOGGING_LEVEL="CRITICAL",
     PYTHONWARNINGS="ignore",
 )
-_results = os.fdopen(os.dup(1), "w")
+RESULTS = os.fdopen(os.dup(1), "w")
 _nowhere = os.open(os.devnull, os.O_RDWR)
 os.dup2(_nowhere, 1)
 
 import airflow  # noqa: E402
+import channel_shapes  # noqa: E402
 from airflow.jobs.triggerer_job_runner import TriggerCommsDecoder, TriggerRunner  # noqa: E402
 from airflow.sdk.execution_time.comms import (  # noqa: E402
     CommsDecoder,
@@ -42,6 +40,7 @@ from airflow.sdk.execution_time.comms import (  # noqa: E402
 VERSION = airflow.__version__
 
 __all__ = [
+    "RESULTS",
     "VERSION",
     "CommsDecoder",
     "GetVariable",
@@ -56,8 +55,8 @@ __all__ = [
 
 def show(result: dict[str, Any]) -> None:
     """One line of JSON on standard output."""
-    _results.write(json.dumps(result) + "\n")
-    _results.flush()
+    RESULTS.write(json.dumps(result) + "\n")
+    RESULTS.flush()
 
 
 def is_answer(answer: object, key: str) -> bool:
@@ -69,19 +68,8 @@ def is_answer(answer: object, key: str) -> bool:
 def echo(*arguments: str) -> Iterator[socket.socket]:
     """A channel_echo.py with these arguments, and our end of its channel."""
     _occupy_stdin()
-    ours, theirs = socket.socketpair()
-    program = str(Path(__file__).with_name("channel_echo.py"))
-    command = [sys.executable, program, "--fd", str(theirs.fileno()), *arguments]
-    with theirs:
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-    try:
-        with ours:
-            yield ours
-            with suppress(OSError):
-                ours.shutdown(socket.SHUT_RDWR)
-    finally:
-        process.terminate()
-        process.wait()
+    with channel_shapes.echo(*arguments) as ours:
+        yield ours
 
 
 def task_comms(connection: socket.socket) -> CommsDecoder:
