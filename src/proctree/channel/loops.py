@@ -84,7 +84,11 @@ class Party:
         self._thread = threading.get_ident()
         if not self._watching:
             self._watching = True
-            self._watch()
+            try:
+                self._watch()
+            except BaseException:
+                self._watching = False
+                raise
 
     def leave(self) -> None:
         """A request has ended. The loop goes on watching until something comes that is not for it:

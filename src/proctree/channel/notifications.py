@@ -24,6 +24,30 @@ KEPT = 1024
 """Notifications kept for each who wants them; then the oldest is dropped."""
 
 
+class Bell:
+    """Wakes a thread that polls `fd`, from any thread and from signal handlers. What rings when it
+    is closed must not write to whatever has its number by then."""
+
+    def __init__(self) -> None:
+        self.fd = fds.own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def ring(self) -> None:
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            fds.close(self.fd)
+
+
 class Subscription:
     """One who wants them: whoever reads appends to `waiting`, and then calls `wake`."""
 
@@ -99,35 +123,39 @@ class Notifications:
 
     def listen(self, callback: Callable[[Any], object]) -> None:
         subscription = self._add()
-        wake_fd = fds.own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        subscription.wake = lambda: os.eventfd_write(wake_fd, 1)
-        threading.Thread(
+        bell = Bell()
+        subscription.wake = bell.ring
+        thread = threading.Thread(
             target=self._listen,
-            args=(subscription, wake_fd, callback),
+            args=(subscription, bell, callback),
             name="proctree-notifications",
             daemon=True,
-        ).start()
+        )
+        try:
+            thread.start()
+        except BaseException:
+            self._remove(subscription)
+            bell.close()
+            raise
 
     def _listen(
-        self, subscription: Subscription, wake_fd: int, callback: Callable[[Any], object]
+        self, subscription: Subscription, bell: Bell, callback: Callable[[Any], object]
     ) -> None:
         poller = select.poll()
         poller.register(self._channel.fileno(), select.POLLIN)
-        poller.register(wake_fd, select.POLLIN)
+        poller.register(bell.fd, select.POLLIN)
         try:
             while not self._channel.closed:
                 # It reads like everybody else, and is nobody's leader: while threads ask, they
                 # read for themselves.
                 poller.poll()
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(wake_fd)
+                bell.silence()
                 self._channel.advance()
                 for body in self._take(subscription):
                     self._call(callback, body)
         finally:
-            subscription.wake = _nobody
             self._remove(subscription)
-            fds.close(wake_fd)
+            bell.close()
 
     def _call(self, callback: Callable[[Any], object], body: Any) -> None:
         try:

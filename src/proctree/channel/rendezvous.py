@@ -51,9 +51,9 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     error: str = ""
 
 
-def describe(sock: socket.socket) -> str:
-    """The value of the variable for a tree that gets `sock` under its number."""
-    return f"{sock.fileno()}:{os.fstat(sock.fileno()).st_ino}"
+def describe(fd: int) -> str:
+    """The value of the variable for a tree that gets `fd` under its number."""
+    return f"{fd}:{os.fstat(fd).st_ino}"
 
 
 def handle() -> int:

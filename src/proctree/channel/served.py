@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 from collections import deque
@@ -142,11 +143,15 @@ class Lane:
 
     def advance(self) -> None:
         """Goes on with what was put off."""
-        if not self.closed:
+        while not self.closed:
             self.begin()
             if self.wire.ended and not self.waiting:
                 self.close()
             self.watch()
+            if not self.waiting or self._mask & WRITE or not self._served.has_room():
+                return
+            # A handler's thread has sent the last answer between `begin` and `watch`: then nothing
+            # would ever call us again.
 
     # -- from any thread
 
@@ -211,7 +216,8 @@ class Served:
         self._caller = Caller(self)
         self._door: socket.socket | None = None
         self._door_fd = -1
-        self._theirs: socket.socket | None = None
+        # A number: a forked child, to which it belongs, must not close it with an object of ours.
+        self._theirs: int | None = None
         self._lanes: list[Lane] = []
         self._long: Lane | None = None
         self._under_way: dict[object, None] = {}
@@ -228,13 +234,13 @@ class Served:
         """Makes the door; returns the tree's descriptor and the value of its variable."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._door = _above_stdio(ours)
-        self._theirs = _above_stdio(theirs)
         self._door_fd = fds.own(self._door.fileno())
-        return self._theirs.fileno(), rendezvous.describe(self._theirs).encode()
+        self._theirs = fds.above_stdio(theirs.detach())
+        return self._theirs, rendezvous.describe(self._theirs).encode()
 
     def close_child_end(self) -> None:
         if self._theirs is not None:
-            self._theirs.close()
+            os.close(self._theirs)
             self._theirs = None
 
     # -- from any thread
@@ -432,7 +438,8 @@ class Served:
             answer = await handler.function(body, self._caller)
         except BaseException as error:
             finish(None, error)
-            if not isinstance(error, Exception):
+            # Not SystemExit, nor KeyboardInterrupt: they would end the event loop.
+            if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
                 raise
         else:
             finish(answer, None)
