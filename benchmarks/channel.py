@@ -50,7 +50,6 @@ class Contender:
         self._process = stack.enter_context(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )
-        stack.callback(self._process.terminate)
 
     def measure(self, shape: str) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout

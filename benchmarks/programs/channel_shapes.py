@@ -4,8 +4,9 @@
 
 Every shape is measured against a channel_echo.py of its own. One line of JSON is printed for each
 as soon as it is known: `{"shape", "version", "delay", "requests", "seconds", "rate", "p50",
-"p99"}`, the rate a second, the percentiles in seconds. With no shape they are read from standard input, one
-a line, so that whoever measures can take turns. Every answer is checked to be that of its request.
+"p99"}`, the rate a second, the percentiles in seconds. With no shape they are read from standard
+input, one a line, so that whoever measures can take turns. Every answer is checked to be that of
+its request.
 """
 
 from __future__ import annotations

@@ -72,26 +72,31 @@ class _Threads:
     def _work(self) -> None:
         arrived = True
         while True:
-            gate = None
-            with self._lock:
-                if arrived:
-                    self._coming = arrived = False
-                if self._jobs:
-                    job, wanted = self._jobs.popleft(), self._call()
-                else:
-                    gate = threading.Lock()
-                    gate.acquire()
-                    self._idle.append(gate)
-            if gate is not None:
-                arrived = self._is_called(gate)
-                if not arrived:
-                    return
-                continue
-            if wanted:
-                # Without another thread the work waits for the next one that is done with its own.
-                with contextlib.suppress(RuntimeError):
-                    self._start()
-            job()
+            job, gate = self._take(arrived)
+            if job is not None:
+                arrived = False
+                job()
+            elif self._is_called(gate):
+                arrived = True
+            else:
+                return
+
+    def _take(self, arrived: bool) -> tuple[Job | None, threading.Lock]:
+        """A job, or the gate to rest behind."""
+        gate = threading.Lock()
+        with self._lock:
+            if arrived:
+                self._coming = False
+            if not self._jobs:
+                gate.acquire()
+                self._idle.append(gate)
+                return None, gate
+            job, wanted = self._jobs.popleft(), self._call()
+        if wanted:
+            # Without another thread the work waits for the next one that is done with its own.
+            with contextlib.suppress(RuntimeError):
+                self._start()
+        return job, gate
 
     def _is_called(self, gate: threading.Lock) -> bool:
         """Whether an idle thread is needed again before its time is up."""
