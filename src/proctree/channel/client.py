@@ -87,9 +87,7 @@ class Channel:
         self._want_room: deque[AnyWaiter] = deque()
         self._passed: dict[tuple[int, ...], PassedFds] = {}
         self._why_closed: str | None = None
-        self._threads = Threads(
-            self.wire, self.advance, lambda: self._parties.any or self._notifications.any
-        )
+        self._threads = Threads(self.wire, self.advance)
         self._parties = Parties(self)
         self._notifications = Notifications(self, self._decode)
         for fd in (sock.fileno(), self._threads.wake_fd):
@@ -204,6 +202,7 @@ class Channel:
         due = None if timeout is None else time.monotonic() + to_seconds(timeout, "timeout")
         self._require_open()
         party = self._parties.current()
+        self._threads.alone = False
         waiter = party.waiter()
         number = next(self._ids)
         party.enter()
@@ -267,12 +266,14 @@ class Channel:
         notifications that wait for it the last 1024 are kept.
         """
         self._require_open()
+        self._threads.alone = False
         self._notifications.listen(callback)
 
     def notifications(self) -> AsyncIterator[Any]:
         """The notifications of the supervisor, in a task: `async for message in ...`. It ends when
         the channel does. What comes before anybody listens is kept for the first who does."""
         self._require_open()
+        self._threads.alone = False
         return self._notifications.subscribe(self._parties.current())
 
     # -- the end

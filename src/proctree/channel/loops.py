@@ -296,11 +296,6 @@ class Parties:
         self._owner = owner
         self._parties: weakref.WeakKeyDictionary[Any, Party] = weakref.WeakKeyDictionary()
 
-    @property
-    def any(self) -> bool:
-        """Whether a loop asks."""
-        return bool(self._parties)
-
     def current(self) -> Party:
         """Of the loop that runs the caller.
 

@@ -77,11 +77,6 @@ class Notifications:
             return [(self._early.extend, notes)]
         return [(subscription.waiting.extend, notes) for subscription in subscriptions]
 
-    @property
-    def any(self) -> bool:
-        """Whether somebody wants them."""
-        return bool(self._subscriptions)
-
     def wake(self) -> None:
         """There are some, or there will be no more."""
         for subscription in self._subscriptions:

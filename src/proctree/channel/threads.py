@@ -81,15 +81,13 @@ class Threads:
         wire: what they read from.
         advance: sends and receives what can be sent and received, and delivers; it waits a moment
             for something to receive if it is told to.
-        others: whether anybody else reads from the wire.
     """
 
-    def __init__(
-        self, wire: Wire, advance: Callable[[bool], None], others: Callable[[], object]
-    ) -> None:
+    def __init__(self, wire: Wire, advance: Callable[[bool], None]) -> None:
         self._wire = wire
         self._advance = advance
-        self._others = others
+        self.alone = True
+        """Nobody but these threads reads from the wire."""
         self._leaders: dict[str, ThreadWaiter] = {}
         self._followers: dict[ThreadWaiter, None] = {}
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -154,11 +152,11 @@ class Threads:
         waiter.remove_gate()
         if done(waiter):
             return
-        if due is None and not self._wire.queued and not self._followers and not self._others():
+        if self.alone and due is None and not self._followers and not self._wire.queued:
             # Nobody but the socket has anything to say, and a receive that waits takes half the
             # time of a poll and a receive. Whoever comes now waits that moment for us.
             self._advance(True)
-            if done(waiter):
+            if waiter.answer is not None:
                 return
         poller = select.poll()
         mask = select.POLLIN | select.POLLOUT if self._wire.queued else select.POLLIN
