@@ -181,8 +181,7 @@ class Channel:
             self._pending[number] = waiter
             # After it is known: whoever closes has either seen it or been seen.
             if self._why_closed is None:
-                self.wire.put(frame)
-                self.flush()
+                self.send(frame)
                 self._threads.wait(waiter, self._is_done, due)
         finally:
             self._pending.pop(number, None)
@@ -330,14 +329,24 @@ class Channel:
 
     # -- what the waiting call
 
+    def send(self, frame: bytearray) -> bool:
+        """Sends a frame, or queues what of it cannot be sent; returns whether all was sent."""
+        try:
+            return self.wire.send(frame)
+        except OSError:
+            return self._lost()
+
     def flush(self) -> bool:
         """Sends what can be sent without waiting; returns whether that was everything."""
         try:
             return self.wire.flush()
         except OSError:
-            self.advance()  # what it had said before it went
-            self._end("the supervisor has closed the channel, or is gone")
-            return False
+            return self._lost()
+
+    def _lost(self) -> bool:
+        self.advance()  # what it had said before it went
+        self._end("the supervisor has closed the channel, or is gone")
+        return False
 
     def advance(self, wait: bool = False) -> None:
         """Sends and receives what can be without waiting, and delivers.

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     import trio
 
 
+BATCH = 4
+"""Requests of one loop that go out together. With more the other side would have nothing to do
+while we prepare them, and we nothing while it answers."""
+
+SHORT = 4 << 10
+"""Bytes of a request that may wait for others."""
+
+
 class Owner(Protocol):
     """The channel, as a party sees it."""
 
@@ -30,6 +38,10 @@ class Owner(Protocol):
     @property
     def closed(self) -> bool:
         """Nothing will come any more."""
+        ...
+
+    def send(self, frame: bytearray) -> bool:
+        """Sends a frame, or queues what of it cannot be sent; returns whether all was sent."""
         ...
 
     def flush(self) -> bool:
@@ -106,8 +118,8 @@ class Party:
         self._staying -= 1
 
     def send(self, frame: bytearray) -> None:
-        self._owner.wire.put(frame)
-        self.flush()
+        if not self._owner.send(frame):
+            self._watch_for_room()
 
     def flush(self) -> None:
         if not self._owner.flush():
@@ -150,9 +162,10 @@ class Party:
 class AsyncioWaiter(TaskWaiter):
     __slots__ = ("future",)
 
-    def __init__(self, party: AsyncioParty) -> None:
-        super().__init__(party)
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def __init__(self, party: AsyncioParty, future: asyncio.Future[None]) -> None:
+        self.answer = self.fds = None
+        self.party = party
+        self.future = future
 
     def settle(self) -> None:
         if not self.future.done():
@@ -173,30 +186,38 @@ class AsyncioWaiter(TaskWaiter):
 class AsyncioParty(Party):
     def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(owner)
-        self._loop = weakref.ref(loop)
+        self.loop = weakref.ref(loop)
         self._batch: list[bytearray] = []
+        self._posted = False
 
     def waiter(self) -> AsyncioWaiter:
-        return AsyncioWaiter(self)
+        return AsyncioWaiter(self, asyncio.get_running_loop().create_future())
 
     def send(self, frame: bytearray) -> None:
-        """At once if it is the loop's only request; else with what the tasks whose turn comes now
-        have to send, in one system call."""
+        """At once if it is the loop's only request; else with a few of those of the tasks whose
+        turn comes now, in one system call."""
         if self._under_way == 1:
             super().send(frame)
             return
-        if not self._batch:
-            asyncio.get_running_loop().call_soon(self._send_batch)
         self._batch.append(frame)
+        if len(self._batch) >= BATCH or len(frame) >= SHORT:
+            self._send_batch()
+        elif not self._posted:
+            self._posted = True
+            asyncio.get_running_loop().call_soon(self._send_rest)
+
+    def _send_rest(self) -> None:
+        self._posted = False
+        if self._batch:
+            self._send_batch()
 
     def _send_batch(self) -> None:
-        if self._batch:
-            # Both in one step: whatever a signal handler raises, none is lost or sent twice.
-            self._owner.wire.put(b"".join(self._batch), then=self._batch.clear)
-            self.flush()
+        # Both in one step: whatever a signal handler raises, none is lost or sent twice.
+        self._owner.wire.put(b"".join(self._batch), then=self._batch.clear)
+        self.flush()
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        loop = self._loop()
+        loop = self.loop()
         if loop is not None:
             with contextlib.suppress(RuntimeError):  # it is closed, and so are its tasks
                 loop.call_soon_threadsafe(function)
@@ -295,6 +316,7 @@ class Parties:
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._parties: weakref.WeakKeyDictionary[Any, Party] = weakref.WeakKeyDictionary()
+        self._last: AsyncioParty | None = None
 
     def current(self) -> Party:
         """Of the loop that runs the caller.
@@ -310,7 +332,12 @@ class Parties:
                 party = self._parties.setdefault(token, TrioParty(self._owner, token))
             return party
         loop = asyncio.get_running_loop()
+        last = self._last
+        if last is not None and last.loop() is loop:
+            return last
         party = self._parties.get(loop)
         if party is None:
             party = self._parties.setdefault(loop, AsyncioParty(self._owner, loop))
+        assert isinstance(party, AsyncioParty)
+        self._last = party
         return party

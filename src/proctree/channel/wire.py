@@ -139,6 +139,14 @@ class Wire:
         else:
             deque(starmap(call, ((self._out.extend, pieces), (then,))), 0)
 
+    def send(self, frame: bytes | bytearray) -> bool:
+        """`put` and `flush`."""
+        if len(frame) <= PIECE:
+            self._out.append((self._sock.send, frame, _SEND_FLAGS))
+        else:
+            self.put(frame)
+        return self.flush()
+
     def flush(self) -> bool:
         """Sends what the kernel has room for; returns whether that was everything.
 
@@ -207,6 +215,13 @@ class Wire:
 
     def _deliver(self, deliver: Deliver, commit: Commit | None) -> None:
         snapshot = self._inbox[:]
+        if commit is not None and (frame := self._only_frame(snapshot)) is not None:
+            if (note := deliver(frame)) is None:
+                self._inbox[:2] = [NOTHING]
+                return
+            steps = [(self._inbox.__setitem__, slice(0, 2), [NOTHING]), *commit([note], [])]
+            deque(starmap(call, steps), 0)
+            return
         frames, rest = self._frames(snapshot)
         if rest is None:
             return
@@ -223,16 +238,21 @@ class Wire:
         else:
             self._inbox[taken] = [rest]
 
+    def _only_frame(self, snapshot: list[Any]) -> Frame | None:
+        """What is usually there: one frame, whole, and nothing else."""
+        if len(snapshot) != 2 or snapshot[0] is not NOTHING:
+            return None
+        data, ancillary, _, _ = snapshot[1]
+        length = len(data) - LENGTH.size
+        if not 0 < length <= self.max_frame or ancillary:
+            return None
+        if LENGTH.unpack_from(data)[0] != length:
+            return None
+        return Frame(memoryview(data)[LENGTH.size :], length)
+
     def _frames(self, snapshot: list[Any]) -> tuple[Sequence[Frame], Rest | None]:
         """Pure. No rest: there is nothing new."""
         rest, received = snapshot[0], snapshot[1:]
-        if len(received) == 1 and rest is NOTHING:
-            # The usual: one answer, whole.
-            data, ancillary, _, _ = received[0]
-            length = len(data) - LENGTH.size
-            whole = length > 0 and LENGTH.unpack_from(data)[0] == length
-            if whole and length <= self.max_frame and not ancillary:
-                return (Frame(memoryview(data)[LENGTH.size :], length),), NOTHING
         size = sum(len(item[0]) for item in received)
         if size < needed(rest, self.max_frame) and received[-1][0]:
             return (), None
