@@ -8,8 +8,8 @@ import os
 import socket
 import time
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -38,7 +38,7 @@ from proctree.channel.notifications import Notifications
 from proctree.channel.passed import PassedFds
 from proctree.channel.threads import Threads, ThreadWaiter
 from proctree.channel.types import decoder, to_max_frame
-from proctree.channel.wire import Wire, is_stream
+from proctree.channel.wire import Gone, Wire, is_stream, unless_handled
 from proctree.policy import to_seconds
 from proctree.process import fds
 
@@ -84,8 +84,8 @@ class Channel:
         self.wire = Wire(sock, max_frame, with_fds=True)
         self._ids = itertools.count(NOTIFICATION + 1)
         self._pending: dict[int, AnyWaiter] = {}
-        self._want_room: deque[AnyWaiter] = deque()
-        self._passed: dict[tuple[int, ...], PassedFds] = {}
+        self._want_room: OrderedDict[AnyWaiter, None] = OrderedDict()
+        self._passed: dict[tuple[int | None, tuple[int, ...]], PassedFds] = {}
         self._why_closed: str | None = None
         self._threads = Threads(self.wire, self.advance)
         self._parties = Parties(self)
@@ -189,10 +189,11 @@ class Channel:
 
     def _wait_for_room(self, due: float | None) -> None:
         waiter = ThreadWaiter(self._threads)
-        self._want_room.append(waiter)
         try:
+            self._want_room[waiter] = None
             self._threads.wait(waiter, self._has_room, due)
         finally:
+            self._want_room.pop(waiter, None)
             self._give_room()
         if not self._has_room():
             raise TimeoutError("the supervisor does not read: the request was not sent")
@@ -208,11 +209,12 @@ class Channel:
         try:
             while self.wire.queued >= MOST_QUEUED and not self.closed:
                 room = party.waiter()
-                self._want_room.append(room)
                 try:
+                    self._want_room[room] = None
                     party.flush()
                     await room.wait(due)
                 finally:
+                    self._want_room.pop(room, None)
                     self._give_room()
                 if due is not None and due <= time.monotonic():
                     raise TimeoutError("the supervisor does not read: the request was not sent")
@@ -321,9 +323,11 @@ class Channel:
             self._why_closed = why
         # Wakes whoever polls. The descriptor itself is given back when nobody can be polling any
         # more: a number that is closed under a poller may be another file's by then.
-        with contextlib.suppress(OSError):
+        try:
             self._sock.shutdown(socket.SHUT_RDWR)
-        for waiter in (*_values(self._pending), *self._want_room):
+        except OSError as error:
+            unless_handled(error)
+        for waiter in (*_keys(self._pending.values), *_keys(self._want_room.keys)):
             waiter.wake()
         self._notifications.wake()
 
@@ -332,16 +336,22 @@ class Channel:
     def send(self, frame: bytearray) -> bool:
         """Sends a frame, or queues what of it cannot be sent; returns whether all was sent."""
         try:
-            return self.wire.send(frame)
-        except OSError:
+            done = self.wire.send(frame)
+        except Gone:
             return self._lost()
+        if self._want_room:
+            self._give_room()
+        return done
 
     def flush(self) -> bool:
         """Sends what can be sent without waiting; returns whether that was everything."""
         try:
-            return self.wire.flush()
-        except OSError:
+            done = self.wire.flush()
+        except Gone:
             return self._lost()
+        if self._want_room:
+            self._give_room()
+        return done
 
     def _lost(self) -> bool:
         self.advance()  # what it had said before it went
@@ -355,11 +365,20 @@ class Channel:
             wait: for something to receive, a moment.
         """
         if self.wire.queued and not self.closed:
-            with contextlib.suppress(OSError):  # the end of the stream says it, below
+            with contextlib.suppress(Gone):  # the end of the stream says it, below
                 self.wire.flush()
-        while self.wire.pump(self._deliver, self._commit, wait):
-            wait = False
-        if self.wire.ended and not self.closed:
+        try:
+            while self.wire.pump(self._deliver, self._commit, wait):
+                wait = False
+        except BaseException:
+            # A signal handler raised. What was received and not delivered is not in the socket any
+            # more: nothing has anybody look for it, unless they are told.
+            self._threads.poke()
+            self._parties.look()
+            self._notifications.wake()
+            raise
+        # Also when it is closed: whoever closed may not have got as far as to wake everybody.
+        if self.wire.ended and (not self.closed or self._pending):
             self._end("the supervisor has closed the channel, or is gone")
         if self._want_room:
             self._give_room()
@@ -367,9 +386,11 @@ class Channel:
     def _give_room(self) -> None:
         for _ in range(MOST_QUEUED - self.wire.queued):
             try:
-                self._want_room.popleft().wake()
-            except IndexError:
+                waiter, _ = self._want_room.popitem(last=False)
+            except KeyError as error:
+                unless_handled(error)
                 return
+            waiter.wake()
 
     def _deliver(self, frame: Frame) -> Any:
         """Returns a notification; the rest is for those who asked."""
@@ -377,8 +398,10 @@ class Channel:
         waiter = None if number is None else self._pending.get(number)
         passed = None
         if frame.fds:
-            # The same ones again, should the frame come again: see wire.py.
-            passed = self._passed.setdefault(frame.fds, PassedFds(frame.fds))
+            # The same ones again, should the frame come again: see wire.py. The numbers alone are
+            # not enough: they may have been taken, closed, and come with another frame.
+            passed = self._passed.setdefault(_mark(frame), PassedFds())
+            passed.hold(frame.fds)
         if waiter is not None:
             waiter.fds = passed
             waiter.answer = answer
@@ -386,8 +409,8 @@ class Channel:
             return None
         return answer if number == NOTIFICATION else None
 
-    def _commit(self, notes: list[Any], passed: list[tuple[int, ...]]) -> list[tuple[Any, ...]]:
-        steps: list[tuple[Any, ...]] = [(self._passed.pop, fds, None) for fds in passed]
+    def _commit(self, notes: list[Any], passed: list[Frame]) -> list[tuple[Any, ...]]:
+        steps: list[tuple[Any, ...]] = [(self._passed.pop, _mark(frame), None) for frame in passed]
         return steps + self._notifications.steps(notes) if notes else steps
 
     def _read(self, frame: Frame) -> tuple[int | None, Response | Exception]:
@@ -401,16 +424,21 @@ class Channel:
         return response.id, response
 
 
+def _mark(frame: Frame) -> tuple[int | None, tuple[int, ...]]:
+    """Of a frame with descriptors."""
+    return read_id(frame.data), frame.fds
+
+
 def _take(waiter: AnyWaiter) -> list[int]:
     return [] if waiter.fds is None else waiter.fds.take()
 
 
-def _values(pending: dict[int, AnyWaiter]) -> list[AnyWaiter]:
+def _keys(view: Callable[[], Iterable[AnyWaiter]]) -> list[AnyWaiter]:
     while True:
         try:
-            return list(pending.values())
-        except RuntimeError:  # changed meanwhile
-            continue
+            return list(view())
+        except RuntimeError as error:  # changed meanwhile
+            unless_handled(error)
 
 
 def _give_back(pid: int, sock: socket.socket, wake_fd: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proctree.channel.passed import PassedFds
-from proctree.channel.wire import Wire
+from proctree.channel.wire import Wire, unless_handled
 
 if TYPE_CHECKING:
     import trio
@@ -188,7 +188,6 @@ class AsyncioParty(Party):
         super().__init__(owner)
         self.loop = weakref.ref(loop)
         self._batch: list[bytearray] = []
-        self._posted = False
 
     def waiter(self) -> AsyncioWaiter:
         return AsyncioWaiter(self, asyncio.get_running_loop().create_future())
@@ -202,25 +201,32 @@ class AsyncioParty(Party):
         self._batch.append(frame)
         if len(self._batch) >= BATCH or len(frame) >= SHORT:
             self._send_batch()
-        elif not self._posted:
-            self._posted = True
+        else:
+            # Each time: a signal handler that raises in there may take the turn of the others.
             asyncio.get_running_loop().call_soon(self._send_rest)
 
     def _send_rest(self) -> None:
-        self._posted = False
-        if self._batch:
+        if self._batch or self._owner.wire.queued:
             self._send_batch()
 
     def _send_batch(self) -> None:
-        # Both in one step: whatever a signal handler raises, none is lost or sent twice.
-        self._owner.wire.put(b"".join(self._batch), then=self._batch.clear)
-        self.flush()
+        try:
+            if self._batch:
+                # Both in one step: whatever a signal handler raises, none is lost or sent twice.
+                self._owner.wire.put(b"".join(self._batch), then=self._batch.clear)
+            self.flush()
+        except BaseException:
+            asyncio.get_running_loop().call_soon(self._send_rest)
+            raise
 
     def call_soon(self, function: Callable[[], object]) -> None:
         loop = self.loop()
         if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed, and so are its tasks
+            try:
                 loop.call_soon_threadsafe(function)
+            except RuntimeError:
+                if not loop.is_closed():  # else its tasks are gone, too
+                    raise
 
     def _watch(self) -> None:
         asyncio.get_running_loop().add_reader(self._owner.wire.fileno(), self._readable)
@@ -317,6 +323,17 @@ class Parties:
         self._owner = owner
         self._parties: weakref.WeakKeyDictionary[Any, Party] = weakref.WeakKeyDictionary()
         self._last: AsyncioParty | None = None
+
+    def look(self) -> None:
+        """Has each loop look for what has come already. From any thread."""
+        while True:
+            try:
+                parties = list(self._parties.values())
+                break
+            except RuntimeError as error:  # one came or went just now
+                unless_handled(error)
+        for party in parties:
+            party.call_soon(self._owner.advance)
 
     def current(self) -> Party:
         """Of the loop that runs the caller.

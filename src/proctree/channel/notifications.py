@@ -55,6 +55,10 @@ class Subscription:
         self.waiting = waiting
         self.wake: Callable[[], None] = _nobody
 
+    def ring(self) -> None:
+        """Calls the `wake` of now."""
+        self.wake()
+
 
 def _nobody() -> None:
     """The subscriber is not waiting."""
@@ -75,7 +79,11 @@ class Notifications:
         subscriptions = self._subscriptions
         if not subscriptions:
             return [(self._early.extend, notes)]
-        return [(subscription.waiting.extend, notes) for subscription in subscriptions]
+        steps: list[tuple[Any, ...]] = [
+            (subscription.waiting.extend, notes) for subscription in subscriptions
+        ]
+        # Behind them, since these are no calls into C: whoever reads may not be who wants them.
+        return steps + [(subscription.ring,) for subscription in subscriptions]
 
     def wake(self) -> None:
         """There are some, or there will be no more."""

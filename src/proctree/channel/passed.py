@@ -11,13 +11,21 @@ class PassedFds:
 
     __slots__ = ("_fds",)
 
-    def __init__(self, fds: tuple[int, ...]) -> None:
-        self._fds = fds
+    def __init__(self, fds: tuple[int, ...] | None = None) -> None:
+        self._fds: dict[str, list[int]] = {}
+        if fds is not None:
+            self.hold(fds)
+
+    def hold(self, fds: tuple[int, ...]) -> None:
+        """The first time only, whoever took them since: a frame may come twice (wire.py)."""
+        self._fds.setdefault("", list(fds))
 
     def take(self) -> list[int]:
         """They are the caller's from now on. The second time there are none."""
-        fds, self._fds = self._fds, ()
-        return list(fds)
+        held = self._fds.setdefault("", [])
+        fds = held[:]
+        held.clear()
+        return fds
 
     def close(self) -> None:
         for fd in self.take():
@@ -25,4 +33,5 @@ class PassedFds:
                 os.close(fd)
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_fds"):  # a signal handler may have raised before it had any
+            self.close()

@@ -41,7 +41,7 @@ from proctree.channel.frames import (
 from proctree.channel.handlers import UNDECODABLE as _UNDECODABLE
 from proctree.channel.handlers import Answer, Handler, Where, to_error
 from proctree.channel.passed import PassedFds
-from proctree.channel.wire import MOST_FDS, Wire
+from proctree.channel.wire import MOST_FDS, Gone, Wire
 from proctree.loop import READ, WRITE, Loop
 from proctree.process import fds
 
@@ -182,7 +182,7 @@ class Lane:
         try:
             if self.wire.flush():
                 self._kept.clear()
-        except OSError:
+        except Gone:
             # It has gone without waiting for its answers.
             self._served.loop.post(self.close)
 

@@ -9,7 +9,6 @@ leader may be in a signal handler that takes its time.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
@@ -19,11 +18,11 @@ from itertools import chain, repeat
 from typing import Any
 
 from proctree.channel.passed import PassedFds
-from proctree.channel.wire import Wire
+from proctree.channel.wire import Wire, unless_handled
 from proctree.latch import ENTRIES
 
 LOOK_SECONDS = 1.0
-"""How often a follower looks for itself in the end."""
+"""How often everybody looks for himself in the end."""
 
 
 class ThreadWaiter:
@@ -50,8 +49,10 @@ class ThreadWaiter:
         """It has its answer, or is to lead. From any thread."""
         gate = self._gate
         if gate is not None:
-            with contextlib.suppress(RuntimeError):  # it was open already
+            try:
                 gate.release()
+            except RuntimeError as error:  # it was open already
+                unless_handled(error)
         elif self._threads.leader is self and self.thread != threading.get_ident():
             # Somebody else took its answer from the socket: its poll has nothing to wake for.
             self._threads.poke()
@@ -61,6 +62,10 @@ class ThreadWaiter:
             gate = threading.Lock()
             gate.acquire()
             self._gate = gate
+
+    @property
+    def is_follower(self) -> bool:
+        return self._gate is not None
 
     def remove_gate(self) -> None:
         self._gate = None
@@ -89,31 +94,37 @@ class Threads:
         self.alone = True
         """Nobody but these threads reads from the wire."""
         self._leaders: dict[str, ThreadWaiter] = {}
-        self._followers: dict[ThreadWaiter, None] = {}
+        self._waiting: dict[ThreadWaiter, None] = {}
+        """Followers have a gate. A leader that is not in here does not wait any more: a signal
+        handler raised before it could leave."""
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
     def leader(self) -> ThreadWaiter | None:
-        return self._leaders.get("")
+        leader = self._leaders.get("")
+        return leader if leader in self._waiting else None
 
     def poke(self) -> None:
         """Has the leader look again."""
-        with contextlib.suppress(OSError):
+        try:
             os.eventfd_write(self.wake_fd, 1)
+        except OSError as error:
+            unless_handled(error)
 
     def wait(self, waiter: ThreadWaiter, done: Done, due: float | None) -> bool:
         """Waits until `done`, or until it is `due` (time.monotonic); returns whether it is done."""
-        below = self._leaders.get("")
+        below = self.leader
         if below is not None and below.thread != waiter.thread:
             below = None
         # Else our own thread leads already, below the signal handler that we are in: it cannot read
         # before we have returned.
         try:
+            self._waiting[waiter] = None
             while not done(waiter):
                 if due is not None and due <= time.monotonic():
                     return False
                 leader = self._leaders.setdefault("", waiter)
-                if leader is below:
+                if leader is below or leader not in self._waiting:
                     leader = self._leaders[""] = waiter
                 if leader is waiter:
                     self._lead(waiter, done, due)
@@ -121,61 +132,68 @@ class Threads:
                     self._follow(waiter, done, due)
             return True
         finally:
+            # First, and one call into C: no signal handler that raises can come before it.
+            self._waiting.pop(waiter, None)
             self._leave(waiter, below)
 
     def _leave(self, waiter: ThreadWaiter, below: ThreadWaiter | None) -> None:
-        self._followers.pop(waiter, None)
         if self._leaders.get("") is not waiter:
             return
-        if below is not None:
+        if below is not None and below in self._waiting:
             self._leaders[""] = below
             self.poke()  # its answer may be there
             return
         self._leaders.pop("", None)
-        if self._followers:
+        if self._waiting:
             self._promote()
 
     def _promote(self) -> None:
         while True:
             try:
-                follower = next(iter(self._followers), None)
-            except RuntimeError:  # one came or went just now
-                continue
-            if follower is not None:
-                follower.wake()
-            return
+                for waiter in self._waiting:
+                    if waiter.is_follower:
+                        waiter.wake()
+                        return
+                return
+            except RuntimeError as error:  # one came or went just now
+                unless_handled(error)
 
     def _lead(self, waiter: ThreadWaiter, done: Done, due: float | None) -> None:
         """Until something happens, or it is due."""
-        self._followers.pop(waiter, None)
         # From here on it is woken by a poke. Whoever still saw a gate had delivered before.
         waiter.remove_gate()
         if done(waiter):
             return
-        if self.alone and due is None and not self._followers and not self._wire.queued:
+        if self.alone and due is None and len(self._waiting) == 1 and not self._wire.queued:
             # Nobody but the socket has anything to say, and a receive that waits takes half the
             # time of a poll and a receive. Whoever comes now waits that moment for us.
             self._advance(True)
-            if waiter.answer is not None:
+            if waiter.answer is not None or done(waiter):
+                return
+        elif self._wire.undelivered:
+            # By one who did not come back: nobody polls for that.
+            self._advance(False)
+            if done(waiter):
                 return
         poller = select.poll()
         mask = select.POLLIN | select.POLLOUT if self._wire.queued else select.POLLIN
         poller.register(self._wire.fileno(), mask)
         poller.register(self.wake_fd, select.POLLIN)
         ready: list[tuple[int, int]] = []
-        for seconds in ENTRIES:
+        for seconds in ENTRIES[:2] + (LOOK_SECONDS,):
             ready = poller.poll(_milliseconds(seconds, due))
             if ready or (due is not None and due <= time.monotonic()):
                 break
         if any(fd == self.wake_fd for fd, _ in ready):
-            with contextlib.suppress(BlockingIOError):
+            try:
                 os.eventfd_read(self.wake_fd)
+            except BlockingIOError as error:
+                unless_handled(error)
         self._advance(False)
 
     def _follow(self, waiter: ThreadWaiter, done: Done, due: float | None) -> None:
         """Until it is woken, or due."""
         waiter.shut_gate()
-        self._followers[waiter] = None
         if self.leader is None or done(waiter):
             return  # it left, or delivered, before it could see us
         if self._wire.queued:

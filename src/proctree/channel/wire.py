@@ -52,7 +52,7 @@ _END: Received = (b"", [], 0, None)
 """What a receive returns at the end of the stream."""
 
 Deliver = Callable[[Frame], Any]
-Commit = Callable[[list[Any], list[tuple[int, ...]]], Iterable[tuple[Any, ...]]]
+Commit = Callable[[list[Any], list[Frame]], Iterable[tuple[Any, ...]]]
 
 
 def is_stream(sock: socket.socket) -> bool:
@@ -66,6 +66,18 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % _INT])
     return tuple(fds)
+
+
+class Gone(Exception):
+    """The other side is gone."""
+
+
+def unless_handled(error: BaseException) -> None:
+    """Raises it again if a signal handler raised it, while we were where we catch the same type. A
+    call into C raises in our own frame; behind a handler's exception there is the handler's."""
+    traceback = error.__traceback__
+    if traceback is not None and traceback.tb_next is not None:
+        raise error
 
 
 class Wire:
@@ -151,17 +163,22 @@ class Wire:
         """Sends what the kernel has room for; returns whether that was everything.
 
         Raises:
-            OSError: the other side is gone (EPIPE, ECONNRESET).
+            Gone: the other side is gone (EPIPE, ECONNRESET).
         """
         with self._sending:
             try:
                 for count, piece in self._send:
                     if count != _size(piece):
                         raise RuntimeError(f"the kernel sent {count} bytes of {_size(piece)}")
-            except IndexError:
+            except IndexError as error:
+                unless_handled(error)
                 return True
-            except BlockingIOError:
+            except BlockingIOError as error:
+                unless_handled(error)
                 return False
+            except OSError as error:
+                unless_handled(error)
+                raise Gone(error) from None
         return True
 
     # -- receiving
@@ -173,6 +190,11 @@ class Wire:
         rest = self._inbox[0]
         return 0 if rest is NOTHING else needed(rest, self.max_frame)
 
+    @property
+    def undelivered(self) -> bool:
+        """Something was received, and perhaps not delivered: by one who never came back."""
+        return len(self._inbox) > 1
+
     def pump(self, deliver: Deliver, commit: Commit, wait: bool = False) -> bool:
         """Receives once, if anything is there, and delivers the frames that are whole.
 
@@ -180,7 +202,7 @@ class Wire:
             deliver: called for each frame, in order, and for some perhaps again, see the module;
                 returns what is to be noted, or None.
             commit: asked what is to be done in the same step as frames are taken away, and so just
-                once, about what was noted of them, and about descriptors that came with them:
+                once, about what was noted of them, and about those that descriptors came with:
                 calls into C, each as (function, *args).
             wait: if nothing is there, for `WAIT_SECONDS`.
 
@@ -203,13 +225,16 @@ class Wire:
         try:
             try:
                 self._inbox.extend(islice(receive, 1))
-            except ConnectionResetError:
+            except ConnectionResetError as error:
+                unless_handled(error)
                 # It was closed with something of ours unread. The kernel says so once, before what
                 # the other side had said until then.
                 self._inbox.extend(islice(receive, 1))
-        except BlockingIOError:
+        except BlockingIOError as error:
+            unless_handled(error)
             return False
-        except OSError:
+        except OSError as error:
+            unless_handled(error)
             self._inbox.append(_END)
         return len(self._inbox[-1][0]) == RECEIVE
 
@@ -230,7 +255,7 @@ class Wire:
             self.ended = True
         if commit is None:
             return
-        passed = [frame.fds for frame in frames if frame.fds]
+        passed = [frame for frame in frames if frame.fds]
         taken = slice(0, len(snapshot))
         if notes or passed:
             steps = [(self._inbox.__setitem__, taken, [rest]), *commit(notes, passed)]
