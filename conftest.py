@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from proctree import loop
+from proctree.channel import server, tasks
 from proctree.containment.warden import WardenContained
 from proctree.errors import ContainmentUnavailable
 from proctree.process import cgroups, prctl, proof
@@ -105,7 +106,10 @@ def pytest_configure(config: pytest.Config) -> None:
     prctl.LibcPrctl().set_child_subreaper(True)
     _enter_place()
     _note_own_wardens()
-    loop.get()  # its two descriptors belong to the process and not to the first test
+    # Their descriptors belong to the process and not to the first test.
+    loop.get()
+    server._channel_loop()
+    tasks.loop()
 
 
 _own_wardens: set[tuple[int, int]] = set()
