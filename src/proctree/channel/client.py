@@ -182,6 +182,7 @@ class Channel:
             # After it is known: whoever closes has either seen it or been seen.
             if self._why_closed is None:
                 self.send(frame)
+                del frame  # not kept until the answer comes
                 self._threads.wait(waiter, self._is_done, due)
         finally:
             self._pending.pop(number, None)
@@ -191,12 +192,12 @@ class Channel:
         waiter = ThreadWaiter(self._threads)
         try:
             self._want_room[waiter] = None
-            self._threads.wait(waiter, self._has_room, due)
+            # Not looked at again: who was here as soon as we may have taken it.
+            if not self._threads.wait(waiter, self._has_room, due):
+                raise TimeoutError("the supervisor does not read: the request was not sent")
         finally:
             self._want_room.pop(waiter, None)
             self._give_room()
-        if not self._has_room():
-            raise TimeoutError("the supervisor does not read: the request was not sent")
 
     async def _aask(self, body: Any, timeout: float | None) -> TaskWaiter:
         due = None if timeout is None else time.monotonic() + to_seconds(timeout, "timeout")
@@ -222,6 +223,7 @@ class Channel:
             self._pending[number] = waiter
             if self._why_closed is None:
                 party.send(frame)
+                del frame  # not kept until the answer comes
                 await waiter.wait(due)
         finally:
             self._pending.pop(number, None)
