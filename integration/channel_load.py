@@ -336,7 +336,7 @@ class Signals(Shape):
     _armed = False
 
     def run(self) -> None:
-        share = self.share(8)
+        share = self.share(4)
         rng, main = self.random("handler"), self.random("main")
         beside = self.threads(
             lambda: self.ask_on_thread("one", share),
