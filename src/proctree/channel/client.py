@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from proctree.channel import rendezvous
 from proctree.channel.errors import (
     ChannelClosed,
@@ -24,6 +22,7 @@ from proctree.channel.errors import (
     UndecodableAnswer,
 )
 from proctree.channel.frames import (
+    DECODING_ERRORS,
     MAX_FRAME,
     NOTIFICATION,
     Frame,
@@ -256,7 +255,7 @@ class Channel:
             raise RemoteError.from_wire(answer.error)
         try:
             return self._decode(answer.body)
-        except msgspec.DecodeError as error:
+        except DECODING_ERRORS as error:
             raise UndecodableAnswer(f"the answer is not what was expected: {error}") from None
 
     # -- notifications
@@ -421,7 +420,7 @@ class Channel:
             return read_id(frame.data), FrameTooLarge(problem)
         try:
             response = decode_response(frame.data)
-        except msgspec.DecodeError as error:
+        except DECODING_ERRORS as error:
             return read_id(frame.data), UndecodableAnswer(f"the answer cannot be decoded: {error}")
         return response.id, response
 

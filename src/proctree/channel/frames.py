@@ -49,6 +49,11 @@ decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_response = msgspec.msgpack.Decoder(Response).decode
 
 
+DECODING_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises: msgspec hands the second on as it is; the third is for what is nested too
+deeply."""
+
+
 class TooLong(Exception):
     """A frame would be longer than the limit. `length` is in bytes, without the length itself."""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from proctree.channel.errors import INVALID_BODY, UNKNOWN_TYPE, RemoteError
+from proctree.channel.frames import DECODING_ERRORS
 from proctree.channel.types import tag_of
 
 
@@ -51,10 +52,10 @@ class _Typed(msgspec.Struct):
     type: str
 
 
-_read_type = msgspec.msgpack.Decoder(_Typed).decode
+MOST_SHOWN = 100
+"""Characters of a type that nobody handles: it is the tree's text, and as long as it likes."""
 
-UNDECODABLE = (msgspec.DecodeError, RecursionError)
-"""What decoding raises: the second for what is nested too deeply."""
+_read_type = msgspec.msgpack.Decoder(_Typed).decode
 
 
 def _is_async(function: Any) -> bool:
@@ -99,15 +100,16 @@ class Handlers:
         """
         try:
             tag = _read_type(body).type
-        except UNDECODABLE:
+        except DECODING_ERRORS:
             tag = ""
         handler = self._by_tag.get(tag, self._other)
         if handler is None:
-            raise RemoteError(UNKNOWN_TYPE, f"no handler for messages of type {tag!r}")
+            shown = tag[:MOST_SHOWN]
+            raise RemoteError(UNKNOWN_TYPE, f"no handler for messages of type {shown!r}")
         try:
             return handler, handler.decode(body)
-        except UNDECODABLE as error:
-            raise RemoteError(INVALID_BODY, f"{tag}: {error}") from None
+        except Exception as error:  # __post_init__ of a message is the host's code
+            raise RemoteError(INVALID_BODY, f"{tag[:MOST_SHOWN]}: {error}") from None
 
 
 def message_type(function: Any) -> Any:
@@ -130,4 +132,12 @@ def to_error(error: BaseException) -> dict[str, Any]:
     """What the caller gets for what a handler raised."""
     if isinstance(error, RemoteError):
         return error.to_wire()
-    return RemoteError(type(error).__name__, str(error)).to_wire()
+    return RemoteError(type(error).__name__, text_of(error)).to_wire()
+
+
+def text_of(error: BaseException, show: Callable[[BaseException], str] = str) -> str:
+    """Of an exception of the host's, whose `__str__` may be broken too."""
+    try:
+        return show(error)
+    except Exception:
+        return f"<{type(error).__name__}>"

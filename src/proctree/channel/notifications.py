@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from proctree import events
 from proctree.channel.errors import ChannelError, RemoteError
+from proctree.channel.frames import DECODING_ERRORS
 from proctree.channel.loops import Party
 from proctree.process import fds
 
@@ -117,7 +116,7 @@ class Notifications:
                 if answer.error is not None:
                     raise RemoteError.from_wire(answer.error)
                 body = self._decode(answer.body)
-            except (ChannelError, msgspec.DecodeError) as error:
+            except (ChannelError, *DECODING_ERRORS) as error:
                 events.warning("channel.notification_dropped", pid=os.getpid(), error=str(error))
             else:
                 yield body

@@ -145,13 +145,23 @@ def _exchange(fd: int, nonce: bytes, due: float | None) -> tuple[Welcome, list[i
     sock = socket.socket(fileno=os.dup(fd))
     try:
         _wait(fd, select.POLLOUT, due)
-        sock.send(nonce, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        while not _send(sock, nonce):
+            _wait(fd, select.POLLOUT, due)
         while (reply := _asked[nonce]) is None:
             _wait(fd, select.POLLIN, due)
             _receive(sock)
         return reply
     finally:
         sock.close()
+
+
+def _send(sock: socket.socket, nonce: bytes) -> bool:
+    """Returns whether there was room: others ask too, and the supervisor may be stopped."""
+    try:
+        sock.send(nonce, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _receive(sock: socket.socket) -> None:

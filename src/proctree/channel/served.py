@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +33,7 @@ from proctree.channel.errors import (
     RemoteError,
 )
 from proctree.channel.frames import (
+    DECODING_ERRORS,
     NOTIFICATION,
     Frame,
     TooLong,
@@ -38,10 +41,10 @@ from proctree.channel.frames import (
     encode_response,
     read_id,
 )
-from proctree.channel.handlers import UNDECODABLE as _UNDECODABLE
-from proctree.channel.handlers import Answer, Handler, Where, to_error
+from proctree.channel.handlers import Answer, Handler, Where, text_of, to_error
 from proctree.channel.passed import PassedFds
 from proctree.channel.wire import MOST_FDS, Gone, Wire
+from proctree.errors import errno_name
 from proctree.loop import READ, WRITE, Loop
 from proctree.process import fds
 
@@ -56,6 +59,15 @@ MOST_NOTIFICATIONS = 1024
 
 TURN = 8
 """Receives from one connection before others have their turn."""
+
+BATCH = 64
+"""Requests of one connection that are begun before others have their turn."""
+
+GATHERED = 64 << 10
+"""Bytes of answers that may wait for others to be sent with."""
+
+MOST_SHOWN = 1000
+"""Characters of a message about what a tree has sent: it may quote it, and that may be long."""
 
 EVENT_SECONDS = 1.0
 """How often the same thing is logged about a tree: a tree must not fill the log."""
@@ -87,7 +99,7 @@ class Lane:
 
     def __init__(self, served: Served, sock: socket.socket) -> None:
         self._served = served
-        self._sock = sock
+        self.sock = sock
         self._fd = sock.fileno()
         self.wire = Wire(sock, served.server.max_frame, with_fds=False)
         self.waiting: deque[Frame] = deque()
@@ -95,14 +107,22 @@ class Lane:
         self._mask = 0
         self._kept: deque[object] = deque()
         """What must not be closed before it is sent."""
+        self._keeping = threading.Lock()
+        """Held while something is kept and put: what is kept may go when nothing is left of it."""
         self._gathered: dict[object, list[bytearray]] = {}
+        self._gathered_bytes = 0
+        self._put_off = False
+        """Requests wait for answers to be sent: whoever sends the last one has to say so."""
+        self._called_later = False
         self.closed = False
 
     def watch(self) -> None:
         """For what there is to wait for now. While there is no room, nothing is read, and then the
         end of the other side must not wake us either: epoll reports it whatever the mask."""
+        if self.closed:
+            return
         mask = (WRITE if self.wire.queued else 0) | (READ if self._may_read() else 0)
-        if self.closed or mask == self._mask:
+        if mask == self._mask:
             return
         if not self._mask:
             self._served.loop.register(self._fd, mask, self._on_ready)
@@ -135,11 +155,32 @@ class Lane:
         self.waiting.append(frame)
 
     def begin(self) -> None:
-        """As many requests as there is room for. While the other side does not read its answers it
-        gets no new ones."""
-        while self.waiting and not self.wire.queued and self._served.has_room():
+        """As many requests as there is room for, but not so many at once that others wait for it:
+        one receive may bring thousands."""
+        loop = self._served.loop
+        for _ in range(BATCH):
+            if not (self.waiting and self._may_answer() and self._served.has_room()):
+                break
             self._served.begin(self, self.waiting.popleft())
-        self.send_gathered(self._served.loop)
+            if self._gathered_bytes >= GATHERED:
+                self.send_gathered(loop)
+        else:
+            if self.waiting and not self._called_later:
+                self._called_later = True
+                loop.call_later(0.0, self._begin_more)
+        self.send_gathered(loop)
+
+    def _begin_more(self) -> None:
+        self._called_later = False
+        self.advance()
+
+    def _may_answer(self) -> bool:
+        """While the other side does not read its answers it gets no new ones."""
+        if not self.wire.queued:
+            return True
+        self._put_off = True
+        # Looked at again: a thread that sent the last of them before that line did not see it.
+        return not self.wire.queued
 
     def advance(self) -> None:
         """Goes on with what was put off."""
@@ -158,9 +199,12 @@ class Lane:
     def send(
         self, frame: bytes | bytearray, passed: tuple[int, ...] = (), keep: Any = None
     ) -> None:
-        if keep is not None:
-            self._kept.append(keep)
-        self.wire.put(frame, passed)
+        if keep is None:
+            self.wire.put(frame, passed)
+        else:
+            with self._keeping:
+                self._kept.append(keep)
+                self.wire.put(frame, passed)
         self.flush()
         if self.wire.queued:
             self._served.loop.post(self.watch)
@@ -170,21 +214,33 @@ class Lane:
         whether it is the first."""
         frames = self._gathered.setdefault(by, [])
         frames.append(frame)
+        if by is self._served.loop:
+            self._gathered_bytes += len(frame)
         return len(frames) == 1
 
     def send_gathered(self, by: object) -> None:
         """In one system call."""
         frames = self._gathered.pop(by, None)
+        if by is self._served.loop:
+            self._gathered_bytes = 0
         if frames and not self.closed:
             self.send(b"".join(frames))
 
     def flush(self) -> None:
         try:
-            if self.wire.flush():
-                self._kept.clear()
+            if not self.wire.flush():
+                return
         except Gone:
             # It has gone without waiting for its answers.
             self._served.loop.post(self.close)
+            return
+        if self._kept:
+            with self._keeping:
+                if not self.wire.queued:  # else another thread's are among them by now
+                    self._kept.clear()
+        if self._put_off:
+            self._put_off = False
+            self._served.loop.post(self.advance)
 
     # -- on the loop
 
@@ -220,13 +276,15 @@ class Served:
         self._theirs: int | None = None
         self._lanes: list[Lane] = []
         self._long: Lane | None = None
+        self._long_begun = False
         self._under_way: dict[object, None] = {}
         self._put_off = False
         self._early: deque[bytearray] = deque()
-        self._unsent = 0
+        self._unsent: deque[bytearray] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._logged: dict[str, tuple[float, int]] = {}
         self._closed = False
+        _all.add(self)
 
     # -- in the starting thread, with the descriptor lock held
 
@@ -242,6 +300,12 @@ class Served:
         if self._theirs is not None:
             os.close(self._theirs)
             self._theirs = None
+
+    def forget(self) -> None:
+        """In a forked child: none of the sockets is its own."""
+        for sock in (self._door, self._theirs, *(lane.sock for lane in self._lanes)):
+            if sock is not None:
+                sock.detach()
 
     # -- from any thread
 
@@ -266,17 +330,17 @@ class Served:
                 f"{self.server.max_frame}"
             ) from None
         waiting = max((lane.wire.queued for lane in tuple(self._lanes)), default=len(self._early))
-        if waiting + self._unsent >= MOST_NOTIFICATIONS:
+        if waiting + len(self._unsent) >= MOST_NOTIFICATIONS:
             raise ChannelFull(
                 f"tree {self.tree_id} does not read: {MOST_NOTIFICATIONS} notifications wait for it"
             )
-        self._unsent += 1
-        self.loop.post(partial(self._push, frame))
+        self._unsent.append(frame)
+        self.loop.post(self._push)
 
     # -- on the loop
 
-    def _push(self, frame: bytearray) -> None:
-        self._unsent = max(0, self._unsent - 1)
+    def _push(self) -> None:
+        frame = self._unsent.popleft()
         if not self._lanes:
             self._early.append(frame)
         for lane in tuple(self._lanes):
@@ -303,22 +367,32 @@ class Served:
             error = "that was no nonce"
         elif len(self._lanes) >= self.server.max_connections:
             error = f"the tree has {self.server.max_connections} connections already"
-        if error:
-            self.log("channel.connection_refused", why=error)
         # EAGAIN: it does not read what we answer; others: it has gone.
         with contextlib.suppress(OSError):
-            self._welcome(nonce, error)
+            if error:
+                self._refuse(nonce, error)
+            else:
+                self._welcome(nonce)
 
-    def _welcome(self, nonce: bytes, error: str) -> None:
+    def _refuse(self, nonce: bytes, error: str) -> None:
         assert self._door is not None
+        self.log("channel.connection_refused", why=error)
         data = msgspec.msgpack.encode(rendezvous.Welcome(nonce, error))
-        if error:
-            self._door.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        self._door.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def _welcome(self, nonce: bytes) -> None:
+        assert self._door is not None
+        try:
+            with fds.making():
+                ours, theirs = socket.socketpair()
+                ours = _above_stdio(ours)
+                fds.own(ours.fileno())
+        except OSError as problem:
+            # It would wait for its answer otherwise.
+            name = errno_name(problem.errno or 0)
+            self._refuse(nonce, f"the supervisor cannot make a socket ({name})")
             return
-        with fds.making():
-            ours, theirs = socket.socketpair()
-            ours = _above_stdio(ours)
-            fds.own(ours.fileno())
+        data = msgspec.msgpack.encode(rendezvous.Welcome(nonce))
         with theirs:
             try:
                 flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -343,7 +417,7 @@ class Served:
     def gone(self, lane: Lane) -> None:
         if lane in self._lanes:
             self._lanes.remove(lane)
-        if self._long is lane:
+        if self._long is lane and not self._long_begun:
             self._long = None
         self._go_on()
 
@@ -370,7 +444,7 @@ class Served:
             return True
         if self._long is None:
             self._long = lane
-        return self._long is lane
+        return self._long is lane and not self._long_begun
 
     def has_room(self) -> bool:
         if len(self._under_way) < self.server.max_in_flight:
@@ -386,7 +460,10 @@ class Served:
         number: int | None = None
         token = object()
         self._under_way[token] = None
-        done = partial(self._done, lane, token, frame.length > LONG)
+        long = self._long is lane and not self._long_begun and frame.length > LONG
+        if long:
+            self._long_begun = True
+        done = partial(self._done, lane, token, long)
         try:
             if frame.refused:
                 limit = self.server.max_frame
@@ -394,13 +471,14 @@ class Served:
                 raise RemoteError(FRAME_TOO_LARGE, problem)
             try:
                 request = decode_request(frame.data)
-            except _UNDECODABLE as error:
+            except DECODING_ERRORS as error:
                 raise RemoteError(UNDECODABLE, str(error)) from None
             number = request.id
             handler, body = self.server.handlers.find(request.body)
         except RemoteError as error:
             if number is None:
                 number = read_id(frame.data)
+            error.message = error.message[:MOST_SHOWN]
             self.log("channel.request_refused", type=error.type, error=error.message)
             answer = encode_response(number or NOTIFICATION, None, error.to_wire())
             done(answer)
@@ -413,10 +491,11 @@ class Served:
         elif handler.where is Where.THREAD:
             worker.run(partial(self._call, handler, body, finish))
         else:
-            try:
-                self.server.tasks.submit(partial(self._start_task, handler, body, finish))
-            except RuntimeError as error:
-                finish(None, RuntimeError(f"the handlers' event loop has ended: {error}"))
+            start = partial(self._start_task, handler, body, finish)
+            self.server.tasks.submit(start, partial(self._no_loop, finish))
+
+    def _no_loop(self, finish: Callable[..., None], error: Exception) -> None:
+        finish(None, RuntimeError(f"the handlers' event loop has ended: {error}"))
 
     def _call(self, handler: Handler, body: Any, finish: Callable[..., None]) -> None:
         try:
@@ -453,17 +532,17 @@ class Served:
         keep: Any = None
         if error is not None:
             if not isinstance(error, RemoteError) and not self._closed:
-                self.log("channel.handler_failed", error=repr(error), exc_info=error)
+                self.log("channel.handler_failed", error=text_of(error, repr), exc_info=error)
             answer, wire_error = None, to_error(error)
         else:
             wire_error = None
+        try:
             if type(answer) is Answer:
                 keep = _Kept(answer.fds)
                 answer, passed = answer.body, keep.numbers
-        try:
             frame = encode_response(number, answer, wire_error, self.server.max_frame)
         except Exception as problem:
-            self.log("channel.answer_failed", error=repr(problem))
+            self.log("channel.answer_failed", error=text_of(problem, repr))
             frame = encode_response(number, None, self._encoding_failed(problem).to_wire())
             passed = ()
         done(frame, passed, keep)
@@ -473,7 +552,7 @@ class Served:
             limit = self.server.max_frame
             text = f"the answer has {problem.length} bytes, and max_frame is {limit}"
             return RemoteError(ANSWER_TOO_LARGE, text)
-        return RemoteError(UNENCODABLE_ANSWER, f"the answer cannot be encoded: {problem}")
+        return RemoteError(UNENCODABLE_ANSWER, f"the answer cannot be encoded: {text_of(problem)}")
 
     def _done(
         self,
@@ -488,7 +567,7 @@ class Served:
             self._send(lane, frame, passed, keep)
         self._under_way.pop(token, None)
         if long:
-            self.loop.post(partial(self._long_done, lane))
+            self.loop.post(self._long_done)
         elif self._put_off:
             self.loop.post(self._go_on)
 
@@ -504,9 +583,9 @@ class Served:
         else:
             lane.send(frame)
 
-    def _long_done(self, lane: Lane) -> None:
-        if self._long is lane:
-            self._long = None
+    def _long_done(self) -> None:
+        self._long = None
+        self._long_begun = False
         self._go_on()
 
     # -- events
@@ -532,8 +611,24 @@ class _Kept:
     """Descriptors of an answer, until it is sent."""
 
     def __init__(self, passed: Any) -> None:
+        # First of all: whatever is wrong with the others, these are to be closed.
+        self._owned = PassedFds(tuple(fd for fd in passed if type(fd) is int))
         if len(passed) > MOST_FDS:
             raise ValueError(f"fds: {MOST_FDS} at most go with an answer, not {len(passed)}")
-        self._owned = PassedFds(tuple(fd for fd in passed if isinstance(fd, int)))
-        self._objects = [fd for fd in passed if not isinstance(fd, int)]
-        self.numbers = tuple(fd if isinstance(fd, int) else fd.fileno() for fd in passed)
+        self._objects = [fd for fd in passed if type(fd) is not int]
+        self.numbers = tuple(fd if type(fd) is int else fd.fileno() for fd in passed)
+        for number in self.numbers:
+            os.fstat(number)  # with one that is not open the connection would end
+
+
+_all: weakref.WeakSet[Served] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    """In a forked child: our descriptors are closed there already, and their numbers may be
+    somebody else's by the time that our sockets are collected."""
+    for served in tuple(_all):
+        served.forget()
+
+
+fds.in_forked_child(_forget)

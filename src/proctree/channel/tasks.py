@@ -38,25 +38,24 @@ class Tasks:
 
     def __init__(self, given: asyncio.AbstractEventLoop | None = None) -> None:
         self._given = given
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Callable[[], None], Callable[[Exception], None]]] = deque()
         self._posted = False
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Calls `job` in the loop.
-
-        Raises:
-            RuntimeError: it is closed.
-        """
-        self._jobs.append(job)
-        if self._posted:
-            return
-        self._posted = True
+    def submit(self, job: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """Calls `job` in the loop; or `failed`, if it is closed."""
+        self._jobs.append((job, failed))
         try:
-            (self._given or loop()).call_soon_threadsafe(self._run_jobs)
-        except BaseException:
+            to = self._given or loop()
+            if self._posted and not to.is_closed():
+                return
+            self._posted = True
+            to.call_soon_threadsafe(self._run_jobs)
+        except RuntimeError as error:
+            # Also those that were there when it was closed: it has forgotten that it was to be
+            # called.
             self._posted = False
-            self._jobs.remove(job)
-            raise
+            while self._jobs:
+                self._jobs.popleft()[1](error)
 
     def is_running(self) -> bool:
         """Whether the caller runs in the loop."""
@@ -67,7 +66,7 @@ class Tasks:
         self._posted = False  # before the first is taken: what comes from now on posts again
         while True:
             try:
-                job = self._jobs.popleft()
+                job, _ = self._jobs.popleft()
             except IndexError:
                 return
             job()
