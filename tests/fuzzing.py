@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import shutil
 import struct
 import subprocess
@@ -174,7 +175,7 @@ TEXTS = [
     b"\nTracerPid:",
 ]
 
-SEEDS = {
+SEEDS: dict[str, list[bytes]] = {
     "children": CHILDREN,
     "options": OPTIONS,
     "request": REQUESTS,
@@ -182,7 +183,50 @@ SEEDS = {
     "texts": TEXTS,
 }
 
-LARGEST = {"children": 9000, "options": 1500, "request": 200, "stat": 600, "texts": 200}
+ASK = b"\x92\x01\x82\xa4type\xa3Ask\xa3key\xa4name"
+THREAD = b"\x92\x02\x82\xa4type\xa6thread\xa3key\xa4name"
+TASK = b"\x92\x03\x81\xa4type\xa4task"
+ANSWER = b"\x93\x05\x81\xa4name\xa5value\xc0"
+FAILED = b"\x93\x05\xc0\x82\xa4type\xa5Error\xa6detail\x81\xa3key\xcb?\xf8\0\0\0\0\0\0"
+NESTED = b"\x92\xcd\x01\x00\x83\xa4type\xa3Ask\xa3key\xa0\xa4more\x81\xa1a\xd1\xff\x00"
+LIARS = [b"\xdd\xff\xff\xff\xff\x09", b"\x91" * 500, b""]
+BODIES = [ASK, THREAD, TASK, ANSWER, FAILED, NESTED, *LIARS]
+
+
+def framed(body: bytes, length: int | None = None) -> bytes:
+    return struct.pack(">I", len(body) if length is None else length) + body
+
+
+STREAM = b"".join(map(framed, BODIES))
+HUGE = framed(b"\x92\xcd\x12\x34" + b"\xc0" * 40, 2**32 - 1)
+OVER = framed(b"\x92\x07" + b"\xc0" * 5000) + framed(ASK)
+
+PYTHON_SEEDS = {
+    "channel_frames": [
+        *(bytes([step]) + STREAM for step in (0, 1, 6, 255)),
+        *(b"\xff" + body for body in BODIES),
+        *(b"\x20" + data for data in (HUGE, OVER[:700])),
+    ],
+    "channel_served": [
+        *(bytes([how, 1]) + STREAM for how in range(16)),
+        *(b"\4\xff" + framed(body) for body in BODIES),
+        *(bytes([how, 3]) + data for how in (0, 4, 7) for data in (HUGE, OVER)),
+        *(b"\xf0\0" + nonce for nonce in (b"", b"n" * 16, b"n" * 17, b"n" * 3000)),
+    ],
+}
+"""Of the targets in Python, which atheris runs."""
+
+SEEDS |= PYTHON_SEEDS
+
+LARGEST = {
+    "channel_frames": 1200,
+    "channel_served": 6000,
+    "children": 9000,
+    "options": 1500,
+    "request": 200,
+    "stat": 600,
+    "texts": 200,
+}
 """Bytes of an input. A list of children has to be longer than one read of it."""
 
 
@@ -196,6 +240,17 @@ def write_seeds(target: str, folder: Path) -> list[Path]:
 
 
 # -- Building and running.
+
+
+def atheris() -> str:
+    """Why there is none, or nothing."""
+    found = importlib.util.find_spec("atheris")
+    return "" if found is not None else "there is no atheris"
+
+
+def unavailable(target: str) -> str:
+    """Why the target cannot be run, or nothing."""
+    return atheris() if target in PYTHON_SEEDS else libfuzzer()
 
 
 @functools.cache
@@ -216,7 +271,9 @@ def libfuzzer() -> str:
 
 
 def build(target: str, program: Path, *, fuzzer: bool, warden: Path = WARDEN) -> None:
-    """With libFuzzer, or with what runs given inputs only."""
+    """With libFuzzer, or with what runs given inputs only. One in Python is what it is."""
+    if target in PYTHON_SEEDS:
+        return
     if fuzzer:
         command = ["clang", *FLAGS, "-fsanitize=fuzzer", *SANITIZE]
     else:
@@ -230,8 +287,11 @@ def build(target: str, program: Path, *, fuzzer: bool, warden: Path = WARDEN) ->
 
 def command(target: str, program: Path, corpus: Path, artifacts: Path, *how: str) -> list[str]:
     """An input that takes a minute is one that hangs: a failure like any other."""
+    run = [str(program)]
+    if target in PYTHON_SEEDS:
+        run = [sys.executable, str(FUZZ / f"{target}.py")]
     return [
-        *(str(program), str(corpus), f"-artifact_prefix={artifacts}/{target}-"),
+        *(*run, str(corpus), f"-artifact_prefix={artifacts}/{target}-"),
         *(f"-max_len={LARGEST[target]}", "-timeout=60", "-rss_limit_mb=1000", *how),
     ]
 
@@ -243,9 +303,9 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.targets) - set(SEEDS):
         parser.error(f"no such target: {', '.join(sorted(unknown))}")
-    if reason := libfuzzer():
-        parser.error(reason)
     for target in chosen.targets or SEEDS:
+        if reason := unavailable(target):
+            parser.error(f"{target}: {reason}")
         corpus = KEPT / "corpus" / target
         write_seeds(target, corpus)
         program = KEPT / target

@@ -1,7 +1,9 @@
-"""The parsers of the warden, given what nobody would think of. `make fuzz` does it for longer."""
+"""The parsers of the warden and the channel's server, given what nobody would think of. `make fuzz`
+does it for longer."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import fuzzing
+import proctree
 from helper_sources import WARDEN
 
 RUNS = {"children": 5_000, "options": 8_000, "request": 50_000, "stat": 12_000, "texts": 50_000}
+
+C_TARGETS = sorted(set(fuzzing.SEEDS) - set(fuzzing.PYTHON_SEEDS))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def fuzz(
     )
 
 
-@pytest.mark.parametrize("target", fuzzing.SEEDS)
+@pytest.mark.parametrize("target", C_TARGETS)
 def test_nothing_breaks_it(libfuzzer: None, target: str, tmp_path: Path) -> None:
     done = fuzz(target, tmp_path, RUNS[target])
     found = {path.name: path.read_bytes() for path in tmp_path.glob(f"{target}-*")}
@@ -45,7 +50,7 @@ def test_nothing_breaks_it(libfuzzer: None, target: str, tmp_path: Path) -> None
     assert f"Done {RUNS[target]} runs" in done.stderr
 
 
-@pytest.mark.parametrize("target", fuzzing.SEEDS if fuzzing.libfuzzer() else ["children"])
+@pytest.mark.parametrize("target", C_TARGETS if fuzzing.libfuzzer() else ["children"])
 def test_the_seeds_by_any_compiler(target: str, tmp_path: Path) -> None:
     """All of them where there is no libFuzzer, which begins with them."""
     fuzzing.build(target, tmp_path / target, fuzzer=False)
@@ -78,3 +83,58 @@ def test_a_mistake_is_found(libfuzzer: None, target: str, tmp_path: Path) -> Non
     done = fuzz(target, tmp_path, RUNS[target], folder)
     assert done.returncode != 0
     assert "AddressSanitizer" in done.stderr or "does not hold" in done.stderr
+
+
+# -- The same in Python.
+
+PYTHON_RUNS = {"channel_frames": 8_000, "channel_served": 1_200}
+
+
+@pytest.fixture(scope="module")
+def atheris() -> None:
+    if reason := fuzzing.atheris():
+        pytest.skip(reason)
+
+
+def fuzz_python(
+    target: str, folder: Path, package: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    fuzzing.write_seeds(target, folder / "corpus")
+    how = f"-runs={PYTHON_RUNS[target]}", "-seed=1"
+    return subprocess.run(
+        fuzzing.command(target, Path(), folder / "corpus", folder, *how),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=os.environ | ({} if package is None else {"PYTHONPATH": str(package)}),
+        timeout=100,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("target", fuzzing.PYTHON_SEEDS)
+def test_nothing_breaks_what_is_in_python(atheris: None, target: str, tmp_path: Path) -> None:
+    done = fuzz_python(target, tmp_path)
+    found = {path.name: path.read_bytes() for path in tmp_path.glob(f"{target}-*")}
+    assert done.returncode == 0, f"{found}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    assert f"Done {PYTHON_RUNS[target]} runs" in done.stderr
+
+
+PYTHON_MISTAKES = {
+    "channel_frames": ("kept = min(length, HEAD) if length > max_frame else", "kept ="),
+    "channel_served": ("(msgspec.DecodeError, UnicodeDecodeError, ", "(msgspec.DecodeError, "),
+}
+
+
+@pytest.mark.parametrize("target", PYTHON_MISTAKES)
+def test_a_mistake_in_python_is_found(atheris: None, target: str, tmp_path: Path) -> None:
+    right, wrong = PYTHON_MISTAKES[target]
+    shutil.copytree(Path(proctree.__file__).parent, tmp_path / "package" / "proctree")
+    frames = tmp_path / "package" / "proctree" / "channel" / "frames.py"
+    text = frames.read_text()
+    assert text.count(right) == 1
+    frames.write_text(text.replace(right, wrong))
+    done = fuzz_python(target, tmp_path, tmp_path / "package")
+    assert done.returncode != 0
+    assert "Uncaught Python exception" in done.stdout + done.stderr
