@@ -168,7 +168,7 @@ def test_what_a_handler_raises(
     with Ends(server) as ends, ends.connect() as client:
         assert client.ask(3, ask("x", "raise")) == [3, None, wire]
         assert client.ask(4, ask("after"))[1]["key"] == "after"
-        assert not ends.served._under_way
+        eventually(lambda: not ends.served._under_way, "all is done")
     assert bool(told.named("channel.handler_failed")) is not isinstance(error, RemoteError)
 
 
@@ -179,7 +179,7 @@ def test_what_an_async_handler_raises(error: Exception) -> None:
     with Ends(server) as ends, ends.connect() as client:
         assert client.ask(3, ask("x", "raise"))[2]["type"] in ("Mine", "ValueError", "BrokenError")
         assert client.ask(4, ask("after"))[1]["key"] == "after"
-        assert not ends.served._under_way
+        eventually(lambda: not ends.served._under_way, "all is done")
 
 
 @pytest.mark.parametrize("inline", [False, True])
@@ -204,7 +204,7 @@ def test_an_answer_that_cannot_be_sent(answer: Any, kind: str, inline: bool) -> 
         _, body, error = client.ask(5, ask("x", "bad"))
         assert (body, error["type"]) == (None, kind)
         assert client.ask(6, ask("after"))[1]["key"] == "after"
-        assert not ends.served._under_way
+        eventually(lambda: not ends.served._under_way, "all is done")
 
 
 def test_an_error_whose_detail_cannot_be_encoded() -> None:
@@ -246,7 +246,7 @@ def test_a_body_that_is_none(name: str, told: Told) -> None:
         assert answer is not None
         assert (answer[0], answer[1], answer[2]["type"]) == (7, None, kind)
         assert client.ask(8, ask("after"))[1]["key"] == "after"
-        assert not ends.served._under_way
+        eventually(lambda: not ends.served._under_way, "all is done")
     assert [event["type"] for event in told.named("channel.request_refused")] == [kind]
 
 
@@ -278,7 +278,7 @@ def test_a_frame_that_is_none(name: str) -> None:
         assert answer is not None
         assert (answer[0], answer[1], answer[2]["type"]) == (number, None, "Undecodable")
         assert client.ask(8, ask("after"))[1]["key"] == "after"
-        assert not ends.served._under_way
+        eventually(lambda: not ends.served._under_way, "all is done")
 
 
 @pytest.mark.parametrize("number", [-1, -33, -(2**63), 0, 2**32, 2**63, 2**64 - 1])
@@ -466,7 +466,7 @@ def test_as_many_at_a_time_as_it_may_have_and_then_it_waits(gate: Gate) -> None:
         rest.join(DEADLINE)
         assert len(gate.begun) == whole
         assert gate.most == 3
-        assert not ends.served._under_way
+        eventually(lambda: not ends.served._under_way, "all is done")
 
 
 def test_answers_that_nobody_reads_stop_the_reading() -> None:
@@ -790,7 +790,7 @@ def test_async_handlers_run_in_the_loop_that_was_given() -> None:
             assert answer is not None
             assert (answer[0], answer[1], answer[2]["type"]) == (number, None, "RuntimeError")
             assert "event loop has ended" in answer[2]["message"]
-        assert not ends.served._under_way
+        eventually(lambda: not ends.served._under_way, "all is done")
 
 
 def test_a_task_that_is_cancelled_is_answered() -> None:
@@ -905,39 +905,48 @@ def test_as_many_as_may_go_and_one_more() -> None:
 
 
 def test_descriptors_stay_open_until_they_are_sent() -> None:
-    """Another thread's answer may be the last in the queue just before they are in it."""
-    number = os.open("/dev/null", os.O_RDONLY)
+    """Another thread has sent everything, and only then finds that nothing needs to be kept open
+    any more; meanwhile they are put, and there is no room for them in the socket."""
+    number = high_fd()
     server = echo()
     server.handle("fds", lambda *_: Answer("here", [number]))
     server.handle("thread", lambda request, _: Reply(request["key"]))
-    with Ends(server) as ends, ends.connect() as client, ends.connect() as second:
-        eventually(lambda: len(ends.lanes) == 2, "both are connected")
-        lane = ends.lanes[0]
-        put, flush = lane.wire.put, lane.flush
-        other = threading.Event()
-        asked = threading.Event()
+    with Ends(server) as ends, ends.connect() as client:
+        eventually(lambda: ends.lanes, "it is connected")
+        (lane,) = ends.lanes
+        put, flush = lane.wire.put, lane.wire.flush
+        asked, sent_all, is_put = threading.Event(), threading.Event(), threading.Event()
+        putting: list[int] = []
 
-        def put_late(data: Any, fds: tuple[int, ...] = (), *args: Any) -> None:
-            if fds:
+        def put_in_between(data: Any, passed: tuple[int, ...] = (), *args: Any) -> None:
+            if passed:
+                putting.append(threading.get_ident())
                 asked.set()
-                # It may not come at all: then it waits for us, which is right as well.
-                other.wait(0.5)
-                assert is_open(fds[0])
-            put(data, fds, *args)
+                if not sent_all.wait(DEADLINE):
+                    raise Stuck("the other answer is sent")
+            put(data, passed, *args)
+            if passed:
+                is_put.set()
 
-        def flush_and_say() -> None:
-            flush()
-            if asked.is_set():
-                other.set()
+        def flush_slowly() -> bool:
+            if putting == [threading.get_ident()]:
+                putting.clear()
+                return False  # as if there were no room
+            whole = flush()
+            if asked.is_set() and not sent_all.is_set():
+                sent_all.set()
+                if not is_put.wait(DEADLINE):
+                    raise Stuck("the descriptors are put")
+            return whole
 
-        lane.wire.put, lane.flush = put_late, flush_and_say  # type: ignore[method-assign]
+        lane.wire.put, lane.wire.flush = put_in_between, flush_slowly  # type: ignore[method-assign]
         client.send(frame([1, ask("x", "fds")]))
         assert asked.wait(DEADLINE)
-        assert second.ask(1, ask("alive"))[1]["key"] == "alive"
         client.send(frame([2, ask("y", "thread")]))
         seen: dict[int, int] = {}
         while len(seen) < 2:
             data, fds, _, _ = socket.recv_fds(client.sock, 1 << 16, 4)
+            assert data, "the connection has ended"
             while data:
                 (length,) = struct.unpack(">I", data[:4])
                 answer = msgspec.msgpack.decode(data[4 : 4 + length])
@@ -947,6 +956,7 @@ def test_descriptors_stay_open_until_they_are_sent() -> None:
                 assert os.fstat(fd).st_rdev == os.stat("/dev/null").st_rdev
                 os.close(fd)
         assert seen == {1: 1, 2: 0}
+        eventually(lambda: not is_open(number), "it is closed then")
 
 
 def test_descriptors_from_a_tree_are_not_installed() -> None:
@@ -1063,7 +1073,7 @@ def test_one_direction_is_shut_down(how: int, gate: Gate) -> None:
             client.sock.shutdown(how)
             gate.open()
             eventually(lambda: not ends.lanes, "the connection ends")
-        eventually(lambda: not ends.served._under_way, "nothing is under way")
+        eventually(lambda: not ends.served._under_way, "all is done")
 
 
 def test_a_connection_that_does_nothing_costs_nobody_anything() -> None:
