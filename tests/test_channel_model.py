@@ -382,7 +382,9 @@ class ChannelModel(RuleBasedStateMachine):
         assert len(self.heard) <= len(self.said)
         assert self.heard == self.said[: len(self.heard)]
         if self.listening:
-            eventually(lambda: not self.channel._notifications.any, "its thread has ended")
+            eventually(
+                lambda: not self.channel._notifications._subscriptions, "its thread has ended"
+            )
         number = self.channel.fileno()
         # Loops watch a descriptor until something comes that is not for them.
         for one in loops:
@@ -396,3 +398,33 @@ async def _forget(loop: asyncio.AbstractEventLoop, number: int) -> None:
 
 TestChannelModel = ChannelModel.TestCase
 TestChannelModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_who_wants_notifications_is_woken_whoever_reads_them() -> None:
+    """Here a thread reads while the event loop of the one who wants them is busy."""
+    ours, theirs = socket.socketpair()
+    heard: list[Any] = []
+    with theirs, Channel(ours) as channel:
+
+        async def listen() -> None:
+            async for message in channel.notifications():
+                heard.append(message)
+
+        future = loops[0].submit(listen())
+        eventually(lambda: channel._notifications._subscriptions, "it listens")
+        loops[0].submit(asyncio.sleep(0)).result(DEADLINE)  # and waits
+        busy, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            busy.set()
+            go_on.wait(DEADLINE)
+
+        loops[0].loop.call_soon_threadsafe(hold)
+        assert busy.wait(DEADLINE)
+        theirs.sendall(frame([0, "news", None]))
+        channel.advance()
+        go_on.set()
+        eventually(lambda: heard == ["news"], "it is heard")
+        channel.close()
+        future.result(DEADLINE)
+        loops[0].submit(_forget(loops[0].loop, channel.fileno())).result(DEADLINE)

@@ -383,6 +383,8 @@ class Channel:
             self._end("the supervisor has closed the channel, or is gone")
         if self._want_room:
             self._give_room()
+        if self._notifications.waiting:
+            self._notifications.wake()  # who wants them may not be who reads
 
     def _give_room(self) -> None:
         for _ in range(MOST_QUEUED - self.wire.queued):

@@ -84,6 +84,11 @@ class Notifications:
         # Behind them, since these are no calls into C: whoever reads may not be who wants them.
         return steps + [(subscription.ring,) for subscription in subscriptions]
 
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody wants them who has not taken them yet."""
+        return any(subscription.waiting for subscription in self._subscriptions)
+
     def wake(self) -> None:
         """There are some, or there will be no more."""
         for subscription in self._subscriptions:

@@ -184,15 +184,11 @@ class Lane:
 
     def advance(self) -> None:
         """Goes on with what was put off."""
-        while not self.closed:
+        if not self.closed:
             self.begin()
             if self.wire.ended and not self.waiting:
                 self.close()
             self.watch()
-            if not self.waiting or self._mask & WRITE or not self._served.has_room():
-                return
-            # A handler's thread has sent the last answer between `begin` and `watch`: then nothing
-            # would ever call us again.
 
     # -- from any thread
 
@@ -303,7 +299,7 @@ class Served:
 
     def forget(self) -> None:
         """In a forked child: none of the sockets is its own."""
-        for sock in (self._door, self._theirs, *(lane.sock for lane in self._lanes)):
+        for sock in (self._door, *(lane.sock for lane in self._lanes)):
             if sock is not None:
                 sock.detach()
 
