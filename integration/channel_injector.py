@@ -284,13 +284,18 @@ class Beside(Outer):
             if not self.key:
                 return
             try:
-                self.other(AskHeld(self.key, size=100))
+                self.other(AskHeld(self.key, size=100, fds=2))
             except BaseException as error:
                 self._problem = error
             self._done.release()
 
     def other(self, ask: Ask) -> None:
-        check(is_right(self.channel.request(ask), ask), f"{ask}: somebody else's answer")
+        self.check_both(ask, *self.channel.request_fds(ask))
+
+    def check_both(self, ask: Ask, told: Any, fds: list[int]) -> None:
+        keys = [take_key(fd) for fd in fds]
+        check(is_right(told, ask), f"{ask}: somebody else's answer")
+        check(keys == [ask.key] * 2, f"{ask}: somebody else's descriptors {keys}")
 
     def start_other(self) -> None:
         if self.started:
@@ -368,10 +373,10 @@ class BesideLoop(Beside):
         self._loop.run_until_complete(self._other(ask))
 
     async def _other(self, ask: Ask) -> None:
-        asked = asyncio.create_task(self.channel.arequest(ask))
+        asked = asyncio.create_task(self.channel.arequest_fds(ask))
         await asyncio.sleep(0)
         self._stand.wait()
-        check(is_right(await asked, ask), f"{ask}: somebody else's answer")
+        self.check_both(ask, *await asked)
 
     def begin(self) -> None:
         super().begin()
