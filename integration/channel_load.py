@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -59,19 +59,21 @@ class Stopped(BaseException):
     """What a signal handler raises."""
 
 
+ENDS = (Exception, asyncio.CancelledError, trio.Cancelled, Stopped)
+RIGHT, WRONG, LOST = "right", "wrong", "lost"
+
+
 class Shape:
     """Callers of one kind.
 
     Attributes:
-        begun: requests.
-        ended: what became of each, by name. Lists: signal handlers must not wait for a lock.
+        ends: what became of each request, by its key. No lock: signal handlers ask, too.
     """
 
     def __init__(self, channel: Channel, requests: int, seed: str) -> None:
         self.channel = channel
         self.requests = requests
-        self.begun: list[None] = []
-        self.ended: list[str] = []
+        self.ends: dict[str, str] = {}
         self._seed = seed
         self._problems: list[BaseException] = []
 
@@ -89,28 +91,25 @@ class Shape:
         pause = rng.choice((0.0, 0.0, 0.0005, 0.002))
         return (AskThread if kind < 0.8 else AskTask)(new_key(), size=size, pause=pause)
 
-    def judge(self, told: Any, ask: Ask) -> None:
-        self.ended.append("right" if is_right(told, ask) else "wrong")
-
-    @contextlib.contextmanager
-    def judged(self) -> Iterator[None]:
-        """One request, that must come to one of its ends."""
-        self.begun.append(None)
-        try:
-            yield
-        except (Exception, asyncio.CancelledError, trio.Cancelled, Stopped) as error:
-            self.ended.append(type(error).__name__)
-            raise
-
     def ask(self, rng: random.Random, timeout: float | None = None) -> None:
         ask = self.make(rng)
-        with self.judged():
-            self.judge(self.channel.request(ask, timeout), ask)
+        try:
+            self.ends[ask.key] = LOST
+            told = self.channel.request(ask, timeout)
+            self.ends[ask.key] = RIGHT if is_right(told, ask) else WRONG
+        except ENDS as error:
+            self.ends[ask.key] = type(error).__name__
+            raise
 
     async def aask(self, rng: random.Random, timeout: float | None = None) -> None:
         ask = self.make(rng)
-        with self.judged():
-            self.judge(await self.channel.arequest(ask, timeout), ask)
+        try:
+            self.ends[ask.key] = LOST
+            told = await self.channel.arequest(ask, timeout)
+            self.ends[ask.key] = RIGHT if is_right(told, ask) else WRONG
+        except ENDS as error:
+            self.ends[ask.key] = type(error).__name__
+            raise
 
     def share(self, callers: int) -> range:
         return range(max(1, self.requests // callers))
@@ -427,8 +426,7 @@ class Mixed(Shape):
         join_all(beside)
         self.raise_problems()
         for part in (main, *parts):
-            self.begun += part.begun
-            self.ended += part.ended
+            self.ends |= part.ends
 
 
 SHAPES: dict[str, type[Shape]] = {
@@ -453,15 +451,14 @@ def run_shape(name: str, shape: Shape) -> bool:
     with watchdog(4 * HANGS_SECONDS + shape.requests / 100):
         shape.run()
     seconds = time.monotonic() - began
-    ends = Counter(shape.ended)
-    right, wrong = ends.pop("right", 0), ends.pop("wrong", 0)
+    ends = Counter(shape.ends.values())
+    right, wrong, lost = (ends.pop(name, 0) for name in (RIGHT, WRONG, LOST))
     expected = getattr(shape, "EXPECTED", ())
-    lost = len(shape.begun) - len(shape.ended)
     left = leftovers(shape.channel)
     errors = ", ".join(f"{count} {kind}" for kind, count in sorted(ends.items())) or "none"
     sys.stdout.write(
-        f"{name}: {len(shape.begun)} requests, {right} right, {wrong} wrong, errors: {errors}, "
-        f"{lost} hung or lost, {len(shape.begun) / seconds:.0f} requests/s\n"
+        f"{name}: {len(shape.ends)} requests, {right} right, {wrong} wrong, errors: {errors}, "
+        f"{lost} hung or lost, {len(shape.ends) / seconds:.0f} requests/s\n"
         + "".join(f"  left behind: {what}\n" for what in left)
     )
     sys.stdout.flush()
