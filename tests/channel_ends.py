@@ -22,7 +22,7 @@ from proctree import events
 from proctree.channel import Server, served, tasks
 from proctree.channel.server import _channel_loop
 
-DEADLINE = 5.0
+DEADLINE = 30.0
 """Seconds that an event may take before a test says that it will not come."""
 
 
