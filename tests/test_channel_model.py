@@ -199,10 +199,23 @@ class ChannelModel(RuleBasedStateMachine):
     def _can_send(self) -> bool:
         return not self.closed and not self.partial
 
+    def _put(self, data: bytes) -> None:
+        """Nobody may be reading: then what was sent before waits, and there may be no room."""
+        deadline = time.monotonic() + DEADLINE
+        self.theirs.setblocking(False)
+        while data:
+            try:
+                data = data[self.theirs.send(data) :]
+            except BlockingIOError:
+                self.channel.advance()
+            if time.monotonic() > deadline:
+                raise Stuck("what was sent is read")
+        self.theirs.settimeout(DEADLINE)
+
     def _send(self, data: bytes, cuts: list[int]) -> None:
         edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
         for start, end in itertools.pairwise(edges):
-            self.theirs.sendall(data[start:end])
+            self._put(data[start:end])
 
     CUTS = st.lists(st.integers(0, 5000), max_size=3)
 
@@ -236,7 +249,7 @@ class ChannelModel(RuleBasedStateMachine):
         body = {"of": asked.key, "late": True}
         data = frame([asked.number, body, None])
         cut = 1 + cut % (len(data) - 1)
-        self.theirs.sendall(data[:cut])
+        self._put(data[:cut])
         self.partial = data[cut:]
 
         def finished() -> None:
@@ -250,7 +263,7 @@ class ChannelModel(RuleBasedStateMachine):
     @rule()
     def finish_the_answer(self) -> None:
         data, self.partial = self.partial, b""
-        self.theirs.sendall(data)
+        self._put(data)
         assert self.after_partial is not None
         self.after_partial()
 
@@ -269,11 +282,8 @@ class ChannelModel(RuleBasedStateMachine):
         asked = self._pending()[pick % len(self._pending())]
         asked.due = ("FrameTooLarge", None)
         data = frame([asked.number, b"x" * (MAX_FRAME + more), None])
-        sender = threading.Thread(target=self._send, args=(data, cuts))
-        sender.start()
+        self._send(data, cuts)
         self._must_end(asked)
-        # Somebody has to read the rest of it.
-        self._drain_by_asking(sender)
 
     @precondition(lambda self: self._can_send() and self._pending())
     @rule(
@@ -285,7 +295,7 @@ class ChannelModel(RuleBasedStateMachine):
         asked.due = ("UndecodableAnswer", None)
         assert asked.number is not None
         number = msgspec.msgpack.encode(asked.number)
-        self.theirs.sendall(framed(b"\x93" + number + bad))
+        self._put(framed(b"\x93" + number + bad))
         self._must_end(asked)
 
     @precondition(lambda self: self._can_send())
@@ -295,7 +305,7 @@ class ChannelModel(RuleBasedStateMachine):
         if number not in [one.number for one in self._pending()] and (
             number < 1 or number > 2**30 or number <= self.count
         ):
-            self.theirs.sendall(frame([number, {"of": "nobody"}, None]))
+            self._put(frame([number, {"of": "nobody"}, None]))
 
     @precondition(lambda self: self._can_send())
     @rule(cuts=CUTS)
@@ -309,16 +319,7 @@ class ChannelModel(RuleBasedStateMachine):
         data=st.sampled_from([b"", b"\xc1", b"\x93\x00\xa1\xff\xc0", b"\x05", b"\x93\xa1x\xc0\xc0"])
     )
     def send_what_is_no_answer(self, data: bytes) -> None:
-        self.theirs.sendall(framed(data))
-
-    def _drain_by_asking(self, sender: threading.Thread) -> None:
-        """Nobody may be reading: then what was sent waits, and so does its sender."""
-        deadline = time.monotonic() + DEADLINE
-        while sender.is_alive():
-            self.channel.advance()
-            sender.join(0.001)
-            if time.monotonic() > deadline:
-                raise Stuck("the rest of a frame is read")
+        self._put(framed(data))
 
     # -- the end
 
@@ -385,15 +386,7 @@ class ChannelModel(RuleBasedStateMachine):
             eventually(
                 lambda: not self.channel._notifications._subscriptions, "its thread has ended"
             )
-        number = self.channel.fileno()
-        # Loops watch a descriptor until something comes that is not for them.
-        for one in loops:
-            one.submit(_forget(one.loop, number)).result(DEADLINE)
-        del self.channel
-
-
-async def _forget(loop: asyncio.AbstractEventLoop, number: int) -> None:
-    loop.remove_reader(number)
+        eventually(lambda: self.channel.fileno() == -1, "nobody uses its descriptor any more")
 
 
 TestChannelModel = ChannelModel.TestCase
@@ -427,4 +420,4 @@ def test_who_wants_notifications_is_woken_whoever_reads_them() -> None:
         eventually(lambda: heard == ["news"], "it is heard")
         channel.close()
         future.result(DEADLINE)
-        loops[0].submit(_forget(loops[0].loop, channel.fileno())).result(DEADLINE)
+        eventually(lambda: channel.fileno() == -1, "nobody uses its descriptor any more")

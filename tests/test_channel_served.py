@@ -1007,16 +1007,18 @@ def test_what_is_no_nonce(nonce: bytes) -> None:
             assert client.ask(1, ask("x"))[1]["key"] == "x"
 
 
-def test_a_flood_at_the_door_that_nobody_reads_the_answers_of() -> None:
-    with Ends(echo()) as ends, ends.connect() as client:
+@pytest.mark.parametrize("nonce", [b"flood", b"n" * 16])
+def test_a_flood_at_the_door_that_nobody_reads_the_answers_of(nonce: bytes) -> None:
+    with Ends(echo(Server(max_connections=10_000))) as ends, ends.connect() as client:
         ends.door.setblocking(False)
         for _ in range(3000):
             try:
-                ends.door.send(b"flood")
+                ends.door.send(nonce)
             except BlockingIOError:
                 assert client.ask(1, ask("x"))[1]["key"] == "x"
         assert client.ask(2, ask("y"))[1]["key"] == "y"
-        assert len(ends.lanes) == 1
+        # The answers that had no room took their connections with them.
+        assert len(ends.lanes) < 1500
 
 
 def test_no_descriptors_are_left_for_a_connection() -> None:

@@ -19,6 +19,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +88,7 @@ class Loop:
         self._timers_room = TIMERS_KEPT
         self._order = itertools.count()
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
+        _loops.add(self)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
@@ -103,6 +105,12 @@ class Loop:
         self._epoll.close()
         if self._wake >= 0:
             fds.close(self._wake)
+
+    def forget(self) -> None:
+        """In a forked child, where its descriptors are closed already: some handle may keep it, and
+        when that goes the number of the epoll may be somebody else's."""
+        with contextlib.suppress(OSError):
+            self._epoll.close()
 
     # -- from any thread
 
@@ -257,6 +265,8 @@ def _later(job: Callable[[], None]) -> None:
 
 worker.try_later = _later
 
+_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+
 _loop: Loop | None = None
 _starting = threading.Lock()
 
@@ -283,6 +293,9 @@ def exists() -> bool:
 def _forget() -> None:
     """A forked child has no thread of ours and none of our descriptors."""
     global _loop, _starting
+    for loop in tuple(_loops):
+        loop.forget()
+    _loops.clear()
     _loop = None
     _starting = threading.Lock()
     worker.reset()

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from proctree.channel import rendezvous
+from proctree.channel.bell import Bell
 from proctree.channel.errors import (
     ChannelClosed,
     ForkedChannel,
@@ -89,10 +90,10 @@ class Channel:
         self._threads = Threads(self.wire, self.advance)
         self._parties = Parties(self)
         self._notifications = Notifications(self, self._decode)
-        for fd in (sock.fileno(), self._threads.wake_fd):
-            fds.own(fd)
+        fds.own(sock.fileno())
+        self._open: dict[int, None] = {sock.fileno(): None}
         _channels.add(self)
-        weakref.finalize(self, _give_back, os.getpid(), sock, self._threads.wake_fd)
+        weakref.finalize(self, _give_back, os.getpid(), self._open, self.wire, self._threads.bell)
 
     @classmethod
     def connect(
@@ -185,6 +186,8 @@ class Channel:
                 self._threads.wait(waiter, self._is_done, due)
         finally:
             self._pending.pop(number, None)
+            if self._why_closed is not None:
+                self.retire()
         return waiter
 
     def _wait_for_room(self, due: float | None) -> None:
@@ -205,7 +208,11 @@ class Channel:
         self._threads.alone = False
         waiter = party.waiter()
         number = next(self._ids)
-        party.enter()
+        try:
+            party.enter()
+        except (ValueError, OSError):
+            self._require_open()  # it was closed just now, and the number is gone
+            raise
         try:
             while self.wire.queued >= MOST_QUEUED and not self.closed:
                 room = party.waiter()
@@ -290,6 +297,8 @@ class Channel:
         second time it does nothing."""
         if os.getpid() == self._pid:
             self._end("the channel was closed")
+            self._parties.stop()
+            self.retire()
 
     def __enter__(self) -> Channel:
         return self
@@ -322,8 +331,7 @@ class Channel:
     def _end(self, why: str) -> None:
         if self._why_closed is None:
             self._why_closed = why
-        # Wakes whoever polls. The descriptor itself is given back when nobody can be polling any
-        # more: a number that is closed under a poller may be another file's by then.
+        # Wakes whoever polls.
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
@@ -331,6 +339,15 @@ class Channel:
         for waiter in (*_keys(self._pending.values), *_keys(self._want_room.keys)):
             waiter.wake()
         self._notifications.wake()
+
+    def retire(self) -> None:
+        """Gives the descriptors back if it is closed and nobody uses them: a number that is closed
+        under one who polls may be another file's by then."""
+        if self._why_closed is None or not self._open:
+            return
+        if self._threads.busy or self._parties.busy or self._notifications.busy:
+            return  # the last of them comes here again
+        _give_back(self._pid, self._open, self.wire, self._threads.bell)
 
     # -- what the waiting call
 
@@ -374,7 +391,7 @@ class Channel:
         except BaseException:
             # A signal handler raised. What was received and not delivered is not in the socket any
             # more: nothing has anybody look for it, unless they are told.
-            self._threads.poke()
+            self._threads.bell.ring()
             self._parties.look()
             self._notifications.wake()
             raise
@@ -444,11 +461,17 @@ def _keys(view: Callable[[], Iterable[AnyWaiter]]) -> list[AnyWaiter]:
             unless_handled(error)
 
 
-def _give_back(pid: int, sock: socket.socket, wake_fd: int) -> None:
+def _give_back(pid: int, owned: dict[int, None], wire: Wire, bell: Bell) -> None:
+    """Once; in a forked child never."""
     if os.getpid() == pid:
-        fds.disown(sock.fileno())
-        sock.close()
-        fds.close(wake_fd)
+        try:
+            fd, _ = owned.popitem()
+        except KeyError as error:
+            unless_handled(error)
+            return
+        fds.disown(fd)
+        wire.close()
+        bell.close()
 
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()

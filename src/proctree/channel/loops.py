@@ -51,6 +51,10 @@ class Owner(Protocol):
     def advance(self) -> None:
         """Sends and receives what can be without waiting, and delivers."""
 
+    def retire(self) -> None:
+        """One does not use the socket any more; if it is closed and that was the last one, its
+        descriptor goes."""
+
 
 class TaskWaiter:
     """A task's request. `answer` and `wake` as of a `ThreadWaiter`."""
@@ -82,11 +86,17 @@ class Party:
         self._under_way = 0
         self._staying = 0
         self._watching = False
+        self._watching_for_room = False
         self._thread = threading.get_ident()
         self._reading = False
 
     def waiter(self) -> TaskWaiter:
         raise NotImplementedError
+
+    @property
+    def busy(self) -> bool:
+        """Whether its loop watches the socket. From any thread."""
+        return self._watching or self._watching_for_room
 
     # -- on the loop's thread
 
@@ -113,6 +123,10 @@ class Party:
         self.enter()
         self.leave()
 
+    def stop(self) -> None:
+        """The channel is closed: nothing is watched any more."""
+        raise NotImplementedError
+
     def go(self) -> None:
         """The end of one `stay`."""
         self._staying -= 1
@@ -132,9 +146,7 @@ class Party:
             self._owner.advance()
         finally:
             self._reading = False
-        wanted = not self._owner.closed and bool(self._under_way or self._staying)
-        self._watching = wanted
-        return wanted
+        return not self._owner.closed and bool(self._under_way or self._staying)
 
     def _watch(self) -> None:
         raise NotImplementedError
@@ -231,16 +243,34 @@ class AsyncioParty(Party):
     def _watch(self) -> None:
         asyncio.get_running_loop().add_reader(self._owner.wire.fileno(), self._readable)
 
+    @property
+    def busy(self) -> bool:
+        loop = self.loop()
+        return super().busy and loop is not None and not loop.is_closed()
+
     def _readable(self) -> None:
-        if not self.on_readable():
+        if not self.on_readable() and self._watching:
             asyncio.get_running_loop().remove_reader(self._owner.wire.fileno())
+            self._watching = False  # not before: then the descriptor may go
+            self._owner.retire()
 
     def _watch_for_room(self) -> None:
+        self._watching_for_room = True
         asyncio.get_running_loop().add_writer(self._owner.wire.fileno(), self._writable)
 
     def _writable(self) -> None:
         if self._owner.flush() or self._owner.closed:
             asyncio.get_running_loop().remove_writer(self._owner.wire.fileno())
+            self._watching_for_room = False
+            self._owner.retire()
+
+    def stop(self) -> None:
+        fd = self._owner.wire.fileno()
+        if fd >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(fd)
+            loop.remove_writer(fd)
+        self._watching = self._watching_for_room = False
 
 
 # -- trio
@@ -270,7 +300,6 @@ class TrioParty(Party):
     def __init__(self, owner: Owner, token: trio.lowlevel.TrioToken) -> None:
         super().__init__(owner)
         self._token = weakref.ref(token)
-        self._watching_for_room = False
 
     def waiter(self) -> TrioWaiter:
         return TrioWaiter(self)
@@ -298,6 +327,10 @@ class TrioParty(Party):
                 watched = self.on_readable()
         finally:
             self._watching = False
+            self._owner.retire()
+
+    def stop(self) -> None:
+        """Its tasks end by themselves: the socket is readable now, and writable."""
 
     def _watch_for_room(self) -> None:
         import trio
@@ -314,6 +347,7 @@ class TrioParty(Party):
                 await trio.lowlevel.wait_writable(self._owner.wire.fileno())
         finally:
             self._watching_for_room = False
+            self._owner.retire()
 
 
 class Parties:
@@ -324,16 +358,27 @@ class Parties:
         self._parties: weakref.WeakKeyDictionary[Any, Party] = weakref.WeakKeyDictionary()
         self._last: AsyncioParty | None = None
 
-    def look(self) -> None:
-        """Has each loop look for what has come already. From any thread."""
+    def _all(self) -> list[Party]:
         while True:
             try:
-                parties = list(self._parties.values())
-                break
+                return list(self._parties.values())
             except RuntimeError as error:  # one came or went just now
                 unless_handled(error)
-        for party in parties:
+
+    @property
+    def busy(self) -> bool:
+        """Whether a loop watches the socket. From any thread."""
+        return any(party.busy for party in self._all())
+
+    def look(self) -> None:
+        """Has each loop look for what has come already. From any thread."""
+        for party in self._all():
             party.call_soon(self._owner.advance)
+
+    def stop(self) -> None:
+        """The channel is closed. From any thread; in a loop, for that loop at once."""
+        with contextlib.suppress(RuntimeError):  # in none
+            self.current().stop()
 
     def current(self) -> Party:
         """Of the loop that runs the caller.

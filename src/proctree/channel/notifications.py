@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proctree import events
+from proctree.channel.bell import Bell
 from proctree.channel.errors import ChannelError, RemoteError
 from proctree.channel.frames import DECODING_ERRORS
-from proctree.channel.loops import Party
-from proctree.process import fds
-
-if TYPE_CHECKING:
-    from proctree.channel.client import Channel
+from proctree.channel.loops import Owner, Party
 
 KEPT = 1024
 """Notifications kept for each who wants them; then the oldest is dropped."""
-
-
-class Bell:
-    """Wakes a thread that polls `fd`, from any thread and from signal handlers. What rings when it
-    is closed must not write to whatever has its number by then."""
-
-    def __init__(self) -> None:
-        self.fd = fds.own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        self._lock = threading.RLock()
-        self._closed = False
-
-    def ring(self) -> None:
-        with self._lock:
-            if not self._closed:
-                os.eventfd_write(self.fd, 1)
-
-    def silence(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            fds.close(self.fd)
 
 
 class Subscription:
@@ -66,8 +38,8 @@ def _nobody() -> None:
 class Notifications:
     """The notifications of one channel."""
 
-    def __init__(self, channel: Channel, decode: Callable[[Any], Any]) -> None:
-        self._channel = channel
+    def __init__(self, owner: Owner, decode: Callable[[Any], Any]) -> None:
+        self._owner = owner
         self._decode = decode
         self._lock = threading.Lock()
         self._early: deque[Any] = deque(maxlen=KEPT)
@@ -83,6 +55,11 @@ class Notifications:
         ]
         # Behind them, since these are no calls into C: whoever reads may not be who wants them.
         return steps + [(subscription.ring,) for subscription in subscriptions]
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody wants them."""
+        return bool(self._subscriptions)
 
     @property
     def waiting(self) -> bool:
@@ -149,20 +126,21 @@ class Notifications:
         self, subscription: Subscription, bell: Bell, callback: Callable[[Any], object]
     ) -> None:
         poller = select.poll()
-        poller.register(self._channel.fileno(), select.POLLIN)
+        poller.register(self._owner.wire.fileno(), select.POLLIN)
         poller.register(bell.fd, select.POLLIN)
         try:
-            while not self._channel.closed:
+            while not self._owner.closed:
                 # It reads like everybody else, and is nobody's leader: while threads ask, they
                 # read for themselves.
                 poller.poll()
                 bell.silence()
-                self._channel.advance()
+                self._owner.advance()
                 for body in self._take(subscription):
                     self._call(callback, body)
         finally:
             self._remove(subscription)
             bell.close()
+            self._owner.retire()
 
     def _call(self, callback: Callable[[Any], object], body: Any) -> None:
         try:
@@ -183,10 +161,11 @@ class Notifications:
                 subscription.wake = waiter.wake
                 for body in self._take(subscription):
                     yield body
-                if self._channel.closed:
+                if self._owner.closed:
                     return
                 if not subscription.waiting:
                     await waiter.wait(None)
         finally:
             party.go()
             self._remove(subscription)
+            self._owner.retire()

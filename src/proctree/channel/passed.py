@@ -1,9 +1,38 @@
-"""Descriptors on their way to whoever asked for them."""
+"""Descriptors on their way to whoever asked for them.
+
+Not by `socket.send_fds` and `socket.recv_fds`: up to Python 3.12 those take flags and drop them, so
+that the one waits where it must not, and what the other receives outlives an exec.
+"""
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
+import socket
+
+INT = array.array("i").itemsize
+
+Ancillary = list[tuple[int, int, bytes]]
+
+
+def to_ancillary(fds: tuple[int, ...]) -> list[tuple[int, int, array.array[int]]]:
+    """For sendmsg(2): SCM_RIGHTS of unix(7)."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+
+
+def room_for(count: int) -> int:
+    """Bytes of ancillary data that so many descriptors need."""
+    return socket.CMSG_SPACE(count * INT)
+
+
+def from_ancillary(ancillary: Ancillary) -> tuple[int, ...]:
+    """From recvmsg(2)."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % INT])
+    return tuple(fds)
 
 
 class PassedFds:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 import msgspec
 
 from proctree.channel.errors import ChannelClosed, ChannelUnavailable
+from proctree.channel.passed import from_ancillary, room_for
 from proctree.command import CHANNEL_VARIABLE as VARIABLE
 from proctree.errors import errno_name
 
@@ -166,9 +167,10 @@ def _send(sock: socket.socket, nonce: bytes) -> bool:
 
 def _receive(sock: socket.socket) -> None:
     try:
-        data, received, _, _ = socket.recv_fds(sock, MOST, 1, _RECEIVE_FLAGS)
+        data, ancillary, _, _ = sock.recvmsg(MOST, room_for(1), _RECEIVE_FLAGS)
     except BlockingIOError:
         return
+    received = list(from_ancillary(ancillary))
     if not data:
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
     welcome = msgspec.msgpack.decode(data, type=Welcome)

@@ -42,7 +42,7 @@ from proctree.channel.frames import (
     read_id,
 )
 from proctree.channel.handlers import Answer, Handler, Where, text_of, to_error
-from proctree.channel.passed import PassedFds
+from proctree.channel.passed import PassedFds, to_ancillary
 from proctree.channel.wire import MOST_FDS, Gone, Wire
 from proctree.errors import errno_name
 from proctree.loop import READ, WRITE, Loop
@@ -391,8 +391,8 @@ class Served:
         data = msgspec.msgpack.encode(rendezvous.Welcome(nonce))
         with theirs:
             try:
-                flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-                socket.send_fds(self._door, [data], [theirs.fileno()], flags)
+                ancillary = to_ancillary((theirs.fileno(),))
+                self._door.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BaseException:
                 fds.disown(ours.fileno())
                 ours.close()

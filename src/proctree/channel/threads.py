@@ -9,7 +9,6 @@ leader may be in a signal handler that takes its time.
 
 from __future__ import annotations
 
-import os
 import select
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from itertools import chain, repeat
 from typing import Any
 
+from proctree.channel.bell import Bell
 from proctree.channel.passed import PassedFds
 from proctree.channel.wire import Wire, unless_handled
 from proctree.latch import ENTRIES
@@ -55,7 +55,7 @@ class ThreadWaiter:
                 unless_handled(error)
         elif self._threads.leader is self and self.thread != threading.get_ident():
             # Somebody else took its answer from the socket: its poll has nothing to wake for.
-            self._threads.poke()
+            self._threads.bell.ring()
 
     def shut_gate(self) -> None:
         if self._gate is None:
@@ -97,19 +97,17 @@ class Threads:
         self._waiting: dict[ThreadWaiter, None] = {}
         """Followers have a gate. A leader that is not in here does not wait any more: a signal
         handler raised before it could leave."""
-        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.bell = Bell()
 
     @property
     def leader(self) -> ThreadWaiter | None:
         leader = self._leaders.get("")
         return leader if leader in self._waiting else None
 
-    def poke(self) -> None:
-        """Has the leader look again."""
-        try:
-            os.eventfd_write(self.wake_fd, 1)
-        except OSError as error:
-            unless_handled(error)
+    @property
+    def busy(self) -> bool:
+        """Whether a thread waits."""
+        return bool(self._waiting)
 
     def wait(self, waiter: ThreadWaiter, done: Done, due: float | None) -> bool:
         """Waits until `done`, or until it is `due` (time.monotonic); returns whether it is done."""
@@ -141,7 +139,7 @@ class Threads:
             return
         if below is not None and below in self._waiting:
             self._leaders[""] = below
-            self.poke()  # its answer may be there
+            self.bell.ring()  # its answer may be there
             return
         self._leaders.pop("", None)
         if self._waiting:
@@ -178,18 +176,14 @@ class Threads:
         poller = select.poll()
         mask = select.POLLIN | select.POLLOUT if self._wire.queued else select.POLLIN
         poller.register(self._wire.fileno(), mask)
-        poller.register(self.wake_fd, select.POLLIN)
-        ready: list[tuple[int, int]] = []
-        for seconds in ENTRIES[:2] + (LOOK_SECONDS,):
+        poller.register(self.bell.fd, select.POLLIN)
+        for seconds in chain(ENTRIES[:2], repeat(LOOK_SECONDS)):
             ready = poller.poll(_milliseconds(seconds, due))
-            if ready or (due is not None and due <= time.monotonic()):
-                break
-        if any(fd == self.wake_fd for fd, _ in ready):
-            try:
-                os.eventfd_read(self.wake_fd)
-            except BlockingIOError as error:
-                unless_handled(error)
-        self._advance(False)
+            if any(fd == self.bell.fd for fd, _ in ready):
+                self.bell.silence()
+            self._advance(False)
+            if ready or done(waiter) or (due is not None and due <= time.monotonic()):
+                return
 
     def _follow(self, waiter: ThreadWaiter, done: Done, due: float | None) -> None:
         """Until it is woken, or due."""
@@ -197,7 +191,7 @@ class Threads:
         if self.leader is None or done(waiter):
             return  # it left, or delivered, before it could see us
         if self._wire.queued:
-            self.poke()  # it has room in the socket to wait for, too
+            self.bell.ring()  # it has room in the socket to wait for, too
         for seconds in chain(ENTRIES[:2], repeat(LOOK_SECONDS)):
             left = seconds if due is None else min(seconds, due - time.monotonic())
             if waiter.sleep(max(left, 0.0)):

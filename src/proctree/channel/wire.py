@@ -16,7 +16,6 @@ raise, and what it interrupted never goes on. A lock against that would wait for
 
 from __future__ import annotations
 
-import array
 import socket
 import struct
 import threading
@@ -27,6 +26,7 @@ from operator import call, itemgetter
 from typing import Any
 
 from proctree.channel.frames import LENGTH, NOTHING, Chunk, Frame, Rest, needed, split
+from proctree.channel.passed import Ancillary, from_ancillary, room_for, to_ancillary
 
 PIECE = 32 << 10
 """Bytes sent at once. The kernel makes one message of at most so many, and takes all of it or
@@ -45,9 +45,8 @@ MOST_FDS = 32
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _RECEIVE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _WAITING_FLAGS = socket.MSG_CMSG_CLOEXEC
-_INT = array.array("i").itemsize
 
-Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+Received = tuple[bytes, Ancillary, int, Any]
 _END: Received = (b"", [], 0, None)
 """What a receive returns at the end of the stream."""
 
@@ -58,14 +57,6 @@ Commit = Callable[[list[Any], list[Frame]], Iterable[tuple[Any, ...]]]
 def is_stream(sock: socket.socket) -> bool:
     """Whether it is what `Wire` needs."""
     return sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % _INT])
-    return tuple(fds)
 
 
 class Gone(Exception):
@@ -97,7 +88,7 @@ class Wire:
         self._sending = threading.RLock()
         self._receiving = threading.RLock()
         self._inbox: list[Any] = [NOTHING]
-        room = socket.CMSG_SPACE(MOST_FDS * _INT) if with_fds else 0
+        room = room_for(MOST_FDS) if with_fds else 0
         arguments = repeat(RECEIVE), repeat(room)
         self._receive = map(sock.recvmsg, *arguments, repeat(_RECEIVE_FLAGS))
         self._receive_waiting = map(sock.recvmsg, *arguments, repeat(_WAITING_FLAGS))
@@ -144,8 +135,7 @@ class Wire:
             cuts = range(0, len(frame), PIECE)
             pieces = [(self._sock.send, view[at : at + PIECE], _SEND_FLAGS) for at in cuts]
         if fds:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            pieces[0] = (self._sock.sendmsg, [pieces[0][1]], ancillary, _SEND_FLAGS)
+            pieces[0] = (self._sock.sendmsg, [pieces[0][1]], to_ancillary(fds), _SEND_FLAGS)
         if then is None:
             self._out.extend(pieces)  # at once: nothing of anybody else's comes in between
         else:
@@ -236,7 +226,9 @@ class Wire:
         except OSError as error:
             unless_handled(error)
             self._inbox.append(_END)
-        return len(self._inbox[-1][0]) == RECEIVE
+        data, ancillary = self._inbox[-1][:2]
+        # A receive ends behind a message with descriptors, whatever there is after it.
+        return len(data) == RECEIVE or bool(ancillary)
 
     def _deliver(self, deliver: Deliver, commit: Commit | None) -> None:
         snapshot = self._inbox[:]
@@ -281,7 +273,7 @@ class Wire:
         size = sum(len(item[0]) for item in received)
         if size < needed(rest, self.max_frame) and received[-1][0]:
             return (), None
-        chunks = [Chunk(item[0], _descriptors(item[1]) if item[1] else ()) for item in received]
+        chunks = [Chunk(item[0], from_ancillary(item[1]) if item[1] else ()) for item in received]
         return split(rest, chunks, self.max_frame)
 
 
