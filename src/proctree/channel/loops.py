@@ -180,8 +180,14 @@ class AsyncioWaiter(TaskWaiter):
         self.future = future
 
     def settle(self) -> None:
-        if not self.future.done():
-            self.future.set_result(None)
+        try:
+            if not self.future.done():
+                self.future.set_result(None)
+        except BaseException:
+            # A signal handler raised, in a callback of the loop's, which forgets it then.
+            if not self.future.done():
+                self.party.call_soon(self.settle)
+            raise
 
     def wait(self, due: float | None) -> Awaitable[object]:
         return self.future if due is None else self._wait(due)
@@ -300,6 +306,7 @@ class TrioParty(Party):
     def __init__(self, owner: Owner, token: trio.lowlevel.TrioToken) -> None:
         super().__init__(owner)
         self._token = weakref.ref(token)
+        self._watched = False
 
     def waiter(self) -> TrioWaiter:
         return TrioWaiter(self)
@@ -320,13 +327,16 @@ class TrioParty(Party):
     async def _watch_until_idle(self) -> None:
         import trio
 
+        if self._watched:
+            return  # a signal handler raised when the first had been spawned
+        self._watched = True
         try:
             watched = True
             while watched:
                 await trio.lowlevel.wait_readable(self._owner.wire.fileno())
                 watched = self.on_readable()
         finally:
-            self._watching = False
+            self._watched = self._watching = False
             self._owner.retire()
 
     def stop(self) -> None:
