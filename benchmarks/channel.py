@@ -22,7 +22,9 @@ from benchmarks.timing import Effort
 PROGRAMS = Path(__file__).parent / "programs"
 MESSAGE = 40
 """Bytes to and fro, for the bare ones: about as many as a request has."""
-SECONDS = 0.5
+SECONDS = 0.3
+"""Of one turn. How long it takes to wake the other side changes by the minute, so there are many
+short turns."""
 DELAY = 0.002
 
 RAW = f"raw:{MESSAGE}"
@@ -91,7 +93,7 @@ def measure(effort: Effort) -> Iterator[Row]:
     except subprocess.CalledProcessError as error:
         yield skipped("channel", f"Airflow cannot be installed: {error}")
         return
-    rounds = effort.rounds(7)
+    rounds = effort.rounds(15)
     with ExitStack() as stack:
         ours = Contender(stack, sys.executable, "proctree_channel.py")
         peer = Contender(stack, python, "airflow_channel.py")

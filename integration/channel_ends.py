@@ -270,7 +270,7 @@ def bounded() -> None:
     # What is sent behind this is not read before it is answered.
     stand = threading.Thread(target=lambda: channel.request({"type": "Stand"}), daemon=True)
     stand.start()
-    until(lambda: channel._pending and not channel.wire.queued, "the supervisor stands")
+    until(lambda: channel._pending and not channel.wire.out, "the supervisor stands")
     for thread in (*threads, loop):
         thread.start()
     until(lambda: len(channel._want_room) >= THREADS + TASKS - 100, "nearly all wait for room")
@@ -299,7 +299,7 @@ def room() -> None:
         async with asyncio.timeout(HANGS_SECONDS):
             key = new_key()
             long = asyncio.create_task(aask_right(channel, AskHeld(key, data=b"x" * (8 << 20))))
-            while channel.wire.queued < 64:
+            while len(channel.wire.out) < 64:
                 await asyncio.sleep(0)
             await aask_right(channel, Release(key, wait=False))
             await long

@@ -175,7 +175,7 @@ class Channel:
         waiter = ThreadWaiter(self._threads)
         number = next(self._ids)
         try:
-            if self.wire.queued >= MOST_QUEUED:
+            if len(self.wire.out) >= MOST_QUEUED:
                 self._wait_for_room(due)
             frame = self._encode(number, body)
             self._pending[number] = waiter
@@ -214,7 +214,7 @@ class Channel:
             self._require_open()  # it was closed just now, and the number is gone
             raise
         try:
-            while self.wire.queued >= MOST_QUEUED and not self.closed:
+            while len(self.wire.out) >= MOST_QUEUED and not self.closed:
                 room = party.waiter()
                 try:
                     self._want_room[room] = None
@@ -248,7 +248,7 @@ class Channel:
         return waiter.answer is not None or self._why_closed is not None
 
     def _has_room(self, _waiter: AnyWaiter | None = None) -> bool:
-        return self.wire.queued < MOST_QUEUED or self._why_closed is not None
+        return len(self.wire.out) < MOST_QUEUED or self._why_closed is not None
 
     def _result(self, waiter: AnyWaiter) -> Any:
         answer = waiter.answer
@@ -382,7 +382,7 @@ class Channel:
         Args:
             wait: for something to receive, a moment.
         """
-        if self.wire.queued and not self.closed:
+        if self.wire.out and not self.closed:
             with contextlib.suppress(Gone):  # the end of the stream says it, below
                 self.wire.flush()
         try:
@@ -400,11 +400,11 @@ class Channel:
             self._end("the supervisor has closed the channel, or is gone")
         if self._want_room:
             self._give_room()
-        if self._notifications.waiting:
+        if self._notifications.busy and self._notifications.waiting:
             self._notifications.wake()  # who wants them may not be who reads
 
     def _give_room(self) -> None:
-        for _ in range(MOST_QUEUED - self.wire.queued):
+        for _ in range(MOST_QUEUED - len(self.wire.out)):
             try:
                 waiter, _ = self._want_room.popitem(last=False)
             except KeyError as error:
@@ -414,7 +414,17 @@ class Channel:
 
     def _deliver(self, frame: Frame) -> Any:
         """Returns a notification; the rest is for those who asked."""
-        number, answer = self._read(frame)
+        number: int | None
+        answer: Response | Exception
+        if frame.refused:
+            number, answer = self._refused(frame)
+        else:
+            try:
+                answer = decode_response(frame.data)
+                number = answer.id
+            except DECODING_ERRORS as error:
+                number = read_id(frame.data)
+                answer = UndecodableAnswer(f"the answer cannot be decoded: {error}")
         waiter = None if number is None else self._pending.get(number)
         passed = None
         if frame.fds:
@@ -433,15 +443,9 @@ class Channel:
         steps: list[tuple[Any, ...]] = [(self._passed.pop, _mark(frame), None) for frame in passed]
         return steps + self._notifications.steps(notes) if notes else steps
 
-    def _read(self, frame: Frame) -> tuple[int | None, Response | Exception]:
-        if frame.refused:
-            problem = f"the answer has {frame.length} bytes, and max_frame is {self._max_frame}"
-            return read_id(frame.data), FrameTooLarge(problem)
-        try:
-            response = decode_response(frame.data)
-        except DECODING_ERRORS as error:
-            return read_id(frame.data), UndecodableAnswer(f"the answer cannot be decoded: {error}")
-        return response.id, response
+    def _refused(self, frame: Frame) -> tuple[int | None, FrameTooLarge]:
+        problem = f"the answer has {frame.length} bytes, and max_frame is {self._max_frame}"
+        return read_id(frame.data), FrameTooLarge(problem)
 
 
 def _mark(frame: Frame) -> tuple[int | None, tuple[int, ...]]:

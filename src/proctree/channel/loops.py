@@ -103,7 +103,6 @@ class Party:
     def enter(self) -> None:
         """A request begins."""
         self._under_way += 1
-        self._thread = threading.get_ident()
         if not self._watching:
             self._watching = True
             try:
@@ -141,6 +140,7 @@ class Party:
 
     def on_readable(self) -> bool:
         """Returns whether to go on watching."""
+        self._thread = threading.get_ident()
         self._reading = True
         try:
             self._owner.advance()
@@ -216,15 +216,18 @@ class AsyncioParty(Party):
         if self._under_way == 1:
             super().send(frame)
             return
+        if not self._batch:
+            # Before it is there, and twice: a signal handler that raises in the first takes the
+            # turn of all that wait for it.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._send_rest)
+            loop.call_soon(self._send_rest)
         self._batch.append(frame)
         if len(self._batch) >= BATCH or len(frame) >= SHORT:
             self._send_batch()
-        else:
-            # Each time: a signal handler that raises in there may take the turn of the others.
-            asyncio.get_running_loop().call_soon(self._send_rest)
 
     def _send_rest(self) -> None:
-        if self._batch or self._owner.wire.queued:
+        if self._batch or self._owner.wire.out:
             self._send_batch()
 
     def _send_batch(self) -> None:

@@ -44,6 +44,8 @@ class Notifications:
         self._lock = threading.Lock()
         self._early: deque[Any] = deque(maxlen=KEPT)
         self._subscriptions: tuple[Subscription, ...] = ()
+        self.busy = False
+        """Whether somebody wants them."""
 
     def steps(self, notes: list[Any]) -> list[tuple[Any, ...]]:
         """What has to be done in one step with taking `notes` from the stream."""
@@ -55,11 +57,6 @@ class Notifications:
         ]
         # Behind them, since these are no calls into C: whoever reads may not be who wants them.
         return steps + [(subscription.ring,) for subscription in subscriptions]
-
-    @property
-    def busy(self) -> bool:
-        """Whether somebody wants them."""
-        return bool(self._subscriptions)
 
     @property
     def waiting(self) -> bool:
@@ -76,6 +73,7 @@ class Notifications:
             # What came early is the first one's.
             subscription = Subscription(self._early)
             self._subscriptions += (subscription,)
+            self.busy = True
             self._early = deque(maxlen=KEPT)
         return subscription
 
@@ -84,6 +82,7 @@ class Notifications:
             self._subscriptions = tuple(
                 other for other in self._subscriptions if other is not subscription
             )
+            self.busy = bool(self._subscriptions)
 
     def _take(self, subscription: Subscription) -> Iterator[Any]:
         """What has come, decoded; what is not a message is dropped with an event."""

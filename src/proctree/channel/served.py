@@ -121,7 +121,7 @@ class Lane:
         end of the other side must not wake us either: epoll reports it whatever the mask."""
         if self.closed:
             return
-        mask = (WRITE if self.wire.queued else 0) | (READ if self._may_read() else 0)
+        mask = (WRITE if self.wire.out else 0) | (READ if self._may_read() else 0)
         if mask == self._mask:
             return
         if not self._mask:
@@ -176,11 +176,11 @@ class Lane:
 
     def _may_answer(self) -> bool:
         """While the other side does not read its answers it gets no new ones."""
-        if not self.wire.queued:
+        if not self.wire.out:
             return True
         self._put_off = True
         # Looked at again: a thread that sent the last of them before that line did not see it.
-        return not self.wire.queued
+        return not self.wire.out
 
     def advance(self) -> None:
         """Goes on with what was put off."""
@@ -202,7 +202,7 @@ class Lane:
                 self._kept.append(keep)
                 self.wire.put(frame, passed)
         self.flush()
-        if self.wire.queued:
+        if self.wire.out:
             self._served.loop.post(self.watch)
 
     def gather(self, frame: bytearray, by: object) -> bool:
@@ -232,7 +232,7 @@ class Lane:
             return
         if self._kept:
             with self._keeping:
-                if not self.wire.queued:  # else another thread's are among them by now
+                if not self.wire.out:  # else another thread's are among them by now
                     self._kept.clear()
         if self._put_off:
             self._put_off = False
@@ -325,7 +325,7 @@ class Served:
                 f"the notification has {error.length} bytes, and max_frame is "
                 f"{self.server.max_frame}"
             ) from None
-        waiting = max((lane.wire.queued for lane in tuple(self._lanes)), default=len(self._early))
+        waiting = max((len(lane.wire.out) for lane in tuple(self._lanes)), default=len(self._early))
         if waiting + len(self._unsent) >= MOST_NOTIFICATIONS:
             raise ChannelFull(
                 f"tree {self.tree_id} does not read: {MOST_NOTIFICATIONS} notifications wait for it"

@@ -53,7 +53,7 @@ class ThreadWaiter:
                 gate.release()
             except RuntimeError as error:  # it was open already
                 unless_handled(error)
-        elif self._threads.leader is self and self.thread != threading.get_ident():
+        elif self.thread != threading.get_ident() and self._threads.leader is self:
             # Somebody else took its answer from the socket: its poll has nothing to wake for.
             self._threads.bell.ring()
 
@@ -111,8 +111,8 @@ class Threads:
 
     def wait(self, waiter: ThreadWaiter, done: Done, due: float | None) -> bool:
         """Waits until `done`, or until it is `due` (time.monotonic); returns whether it is done."""
-        below = self.leader
-        if below is not None and below.thread != waiter.thread:
+        below = self._leaders.get("")
+        if below is not None and (below.thread != waiter.thread or below not in self._waiting):
             below = None
         # Else our own thread leads already, below the signal handler that we are in: it cannot read
         # before we have returned.
@@ -158,15 +158,16 @@ class Threads:
 
     def _lead(self, waiter: ThreadWaiter, done: Done, due: float | None) -> None:
         """Until something happens, or it is due."""
-        # From here on it is woken by a poke. Whoever still saw a gate had delivered before.
-        waiter.remove_gate()
-        if done(waiter):
-            return
-        if self.alone and due is None and len(self._waiting) == 1 and not self._wire.queued:
+        if waiter.is_follower:
+            # From here on it is woken by a poke. Whoever still saw a gate had delivered before.
+            waiter.remove_gate()
+            if done(waiter):
+                return
+        if self.alone and due is None and len(self._waiting) == 1 and not self._wire.out:
             # Nobody but the socket has anything to say, and a receive that waits takes half the
             # time of a poll and a receive. Whoever comes now waits that moment for us.
             self._advance(True)
-            if waiter.answer is not None or done(waiter):
+            if waiter.answer is not None:
                 return
         elif self._wire.undelivered:
             # By one who did not come back: nobody polls for that.
@@ -174,7 +175,7 @@ class Threads:
             if done(waiter):
                 return
         poller = select.poll()
-        mask = select.POLLIN | select.POLLOUT if self._wire.queued else select.POLLIN
+        mask = select.POLLIN | select.POLLOUT if self._wire.out else select.POLLIN
         poller.register(self._wire.fileno(), mask)
         poller.register(self.bell.fd, select.POLLIN)
         for seconds in chain(ENTRIES[:2], repeat(LOOK_SECONDS)):
@@ -190,7 +191,7 @@ class Threads:
         waiter.shut_gate()
         if self.leader is None or done(waiter):
             return  # it left, or delivered, before it could see us
-        if self._wire.queued:
+        if self._wire.out:
             self.bell.ring()  # it has room in the socket to wait for, too
         for seconds in chain(ENTRIES[:2], repeat(LOOK_SECONDS)):
             left = seconds if due is None else min(seconds, due - time.monotonic())

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat, starmap
 from operator import call, itemgetter
-from typing import Any
+from typing import Any, cast
 
 from proctree.channel.frames import LENGTH, NOTHING, Chunk, Frame, Rest, needed, split
 from proctree.channel.passed import Ancillary, from_ancillary, room_for, to_ancillary
@@ -47,6 +47,9 @@ _RECEIVE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _WAITING_FLAGS = socket.MSG_CMSG_CLOEXEC
 
 Received = tuple[bytes, Ancillary, int, Any]
+_NOTHING_LEFT = [NOTHING]
+_unpack_length = LENGTH.unpack_from
+
 _END: Received = (b"", [], 0, None)
 """What a receive returns at the end of the stream."""
 
@@ -94,11 +97,13 @@ class Wire:
         self._receive_waiting = map(sock.recvmsg, *arguments, repeat(_WAITING_FLAGS))
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(WAIT_SECONDS))
-        self._out: deque[tuple[Any, ...]] = deque()
+        self.out: deque[tuple[Any, ...]] = deque()
+        """Pieces that are waiting for room in the socket."""
         # Each step sends what is first in `_out` and then takes it out. IndexError: there is
         # nothing; BlockingIOError: there is no room; and it can go on after either.
-        send = starmap(call, map(itemgetter(0), repeat(self._out)))
-        self._send = zip(send, map(call, repeat(self._out.popleft)), strict=False)
+        send = starmap(call, map(itemgetter(0), repeat(self.out)))
+        taken = map(call, repeat(self.out.popleft))
+        self._send = cast("Iterator[tuple[int, tuple[Any, ...]]]", zip(send, taken, strict=False))
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -109,11 +114,6 @@ class Wire:
             self._sock.close()
 
     # -- sending
-
-    @property
-    def queued(self) -> int:
-        """Pieces that are waiting for room in the socket."""
-        return len(self._out)
 
     def put(
         self,
@@ -137,14 +137,14 @@ class Wire:
         if fds:
             pieces[0] = (self._sock.sendmsg, [pieces[0][1]], to_ancillary(fds), _SEND_FLAGS)
         if then is None:
-            self._out.extend(pieces)  # at once: nothing of anybody else's comes in between
+            self.out.extend(pieces)  # at once: nothing of anybody else's comes in between
         else:
-            deque(starmap(call, ((self._out.extend, pieces), (then,))), 0)
+            deque(starmap(call, ((self.out.extend, pieces), (then,))), 0)
 
     def send(self, frame: bytes | bytearray) -> bool:
         """`put` and `flush`."""
         if len(frame) <= PIECE:
-            self._out.append((self._sock.send, frame, _SEND_FLAGS))
+            self.out.append((self._sock.send, frame, _SEND_FLAGS))
         else:
             self.put(frame)
         return self.flush()
@@ -158,8 +158,8 @@ class Wire:
         with self._sending:
             try:
                 for count, piece in self._send:
-                    if count != _size(piece):
-                        raise RuntimeError(f"the kernel sent {count} bytes of {_size(piece)}")
+                    if count < len(piece[1]):
+                        raise RuntimeError(f"the kernel sent {count} bytes of {len(piece[1])}")
             except IndexError as error:
                 unless_handled(error)
                 return True
@@ -206,7 +206,20 @@ class Wire:
             if self.ended:
                 return False
             more = self._receive_once(self._receive_waiting if wait else self._receive)
-            if len(self._inbox) > 1:
+            inbox = self._inbox
+            if not inside and len(inbox) == 2 and inbox[0] is NOTHING:
+                # What is usually there: one frame, whole, and nothing else.
+                data, ancillary, _, _ = inbox[1]
+                length = len(data) - LENGTH.size
+                if (
+                    0 < length <= self.max_frame
+                    and not ancillary
+                    and _unpack_length(data)[0] == length
+                    and deliver(Frame(memoryview(data)[LENGTH.size :], length)) is None
+                ):
+                    inbox[:2] = _NOTHING_LEFT
+                    return more
+            if len(inbox) > 1:
                 self._deliver(deliver, None if inside else commit)
         return more
 
@@ -232,13 +245,6 @@ class Wire:
 
     def _deliver(self, deliver: Deliver, commit: Commit | None) -> None:
         snapshot = self._inbox[:]
-        if commit is not None and (frame := self._only_frame(snapshot)) is not None:
-            if (note := deliver(frame)) is None:
-                self._inbox[:2] = [NOTHING]
-                return
-            steps = [(self._inbox.__setitem__, slice(0, 2), [NOTHING]), *commit([note], [])]
-            deque(starmap(call, steps), 0)
-            return
         frames, rest = self._frames(snapshot)
         if rest is None:
             return
@@ -255,18 +261,6 @@ class Wire:
         else:
             self._inbox[taken] = [rest]
 
-    def _only_frame(self, snapshot: list[Any]) -> Frame | None:
-        """What is usually there: one frame, whole, and nothing else."""
-        if len(snapshot) != 2 or snapshot[0] is not NOTHING:
-            return None
-        data, ancillary, _, _ = snapshot[1]
-        length = len(data) - LENGTH.size
-        if not 0 < length <= self.max_frame or ancillary:
-            return None
-        if LENGTH.unpack_from(data)[0] != length:
-            return None
-        return Frame(memoryview(data)[LENGTH.size :], length)
-
     def _frames(self, snapshot: list[Any]) -> tuple[Sequence[Frame], Rest | None]:
         """Pure. No rest: there is nothing new."""
         rest, received = snapshot[0], snapshot[1:]
@@ -279,8 +273,3 @@ class Wire:
 
 def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-
-
-def _size(piece: tuple[Any, ...]) -> int:
-    data = piece[1]
-    return len(data[0] if isinstance(data, list) else data)
