@@ -19,7 +19,8 @@ import msgspec
 import pytest
 
 from proctree import events
-from proctree.channel import Server, served, tasks
+from proctree.channel import Server, tasks
+from proctree.channel.lane import Lane
 from proctree.channel.server import _channel_loop
 
 DEADLINE = 30.0
@@ -190,5 +191,5 @@ class Ends:
         eventually(lambda: not self.lanes and self.served._door is None, "the server's side closes")
 
     @property
-    def lanes(self) -> list[served.Lane]:
+    def lanes(self) -> list[Lane]:
         return list(self.served._lanes)

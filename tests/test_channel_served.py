@@ -27,8 +27,9 @@ from proctree.channel import (
     RemoteError,
     Server,
 )
-from proctree.channel.served import BATCH, LONG, MOST_NOTIFICATIONS
-from proctree.channel.wire import MOST_FDS
+from proctree.channel.lane import BATCH
+from proctree.channel.passed import MOST_FDS
+from proctree.channel.served import LONG, MOST_NOTIFICATIONS
 
 __all__ = ["told", "warm"]
 

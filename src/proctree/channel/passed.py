@@ -10,6 +10,10 @@ import array
 import contextlib
 import os
 import socket
+from typing import Any
+
+MOST_FDS = 32
+"""Descriptors that may come with one frame."""
 
 INT = array.array("i").itemsize
 
@@ -64,3 +68,17 @@ class PassedFds:
     def __del__(self) -> None:
         if hasattr(self, "_fds"):  # a signal handler may have raised before it had any
             self.close()
+
+
+class Kept:
+    """Descriptors of an answer, until it is sent."""
+
+    def __init__(self, passed: Any) -> None:
+        # First of all: whatever is wrong with the others, these are to be closed.
+        self._owned = PassedFds(tuple(fd for fd in passed if type(fd) is int))
+        if len(passed) > MOST_FDS:
+            raise ValueError(f"fds: {MOST_FDS} at most go with an answer, not {len(passed)}")
+        self._objects = [fd for fd in passed if type(fd) is not int]
+        self.numbers = tuple(fd if type(fd) is int else fd.fileno() for fd in passed)
+        for number in self.numbers:
+            os.fstat(number)  # with one that is not open the connection would end

@@ -10,13 +10,12 @@ import asyncio
 import contextlib
 import os
 import socket
-import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -41,30 +40,19 @@ from proctree.channel.frames import (
     encode_response,
     read_id,
 )
-from proctree.channel.handlers import Answer, Handler, Where, text_of, to_error
-from proctree.channel.passed import PassedFds, to_ancillary
-from proctree.channel.wire import MOST_FDS, Gone, Wire
+from proctree.channel.handlers import Answer, Handler, Handlers, Where, text_of, to_error
+from proctree.channel.lane import Lane
+from proctree.channel.passed import Kept, to_ancillary
+from proctree.channel.tasks import Tasks
 from proctree.errors import errno_name
-from proctree.loop import READ, WRITE, Loop
+from proctree.loop import READ, Loop
 from proctree.process import fds
-
-if TYPE_CHECKING:
-    from proctree.channel.server import Server
 
 LONG = 1 << 20
 """Bytes of a frame of which a tree may have but one at a time."""
 
 MOST_NOTIFICATIONS = 1024
 """Notifications that may wait for a tree that does not read them."""
-
-TURN = 8
-"""Receives from one connection before others have their turn."""
-
-BATCH = 64
-"""Requests of one connection that are begun before others have their turn."""
-
-GATHERED = 64 << 10
-"""Bytes of answers that may wait for others to be sent with."""
 
 MOST_SHOWN = 1000
 """Characters of a message about what a tree has sent: it may quote it, and that may be long."""
@@ -94,174 +82,29 @@ class Caller:
         return f"<Caller {self.name!r} tree {self.tree_id}>"
 
 
-class Lane:
-    """One connection."""
+class Rules(NamedTuple):
+    """What a server does for each of its trees.
 
-    def __init__(self, served: Served, sock: socket.socket) -> None:
-        self._served = served
-        self.sock = sock
-        self._fd = sock.fileno()
-        self.wire = Wire(sock, served.server.max_frame, with_fds=False)
-        self.waiting: deque[Frame] = deque()
-        """Requests that have come, for which there is no room yet."""
-        self._mask = 0
-        self._kept: deque[object] = deque()
-        """What must not be closed before it is sent."""
-        self._keeping = threading.Lock()
-        """Held while something is kept and put: what is kept may go when nothing is left of it."""
-        self._gathered: dict[object, list[bytearray]] = {}
-        self._gathered_bytes = 0
-        self._put_off = False
-        """Requests wait for answers to be sent: whoever sends the last one has to say so."""
-        self._called_later = False
-        self.closed = False
+    Attributes:
+        handlers: of requests.
+        tasks: where those run that are async.
+        max_in_flight: requests of a tree under way at a time.
+        max_connections: of a tree.
+        max_frame: in bytes.
+    """
 
-    def watch(self) -> None:
-        """For what there is to wait for now. While there is no room, nothing is read, and then the
-        end of the other side must not wake us either: epoll reports it whatever the mask."""
-        if self.closed:
-            return
-        mask = (WRITE if self.wire.out else 0) | (READ if self._may_read() else 0)
-        if mask == self._mask:
-            return
-        if not self._mask:
-            self._served.loop.register(self._fd, mask, self._on_ready)
-        elif mask:
-            self._served.loop.modify(self._fd, mask)
-        else:
-            self._served.loop.unregister(self._fd)
-        self._mask = mask
-
-    def _may_read(self) -> bool:
-        return not self.waiting and self._served.may_have_long(self)
-
-    def _on_ready(self, mask: int) -> None:
-        if mask & WRITE:
-            self.flush()
-        if mask & ~WRITE and not self.closed:
-            self.read()
-        self.advance()
-
-    def read(self) -> None:
-        for _ in range(TURN):
-            if not self._may_read() or not self.wire.pump(self._arrived, _nothing):
-                break
-            self.begin()
-        self.begin()
-        if self.wire.ended and not self.waiting:
-            self.close()
-
-    def _arrived(self, frame: Frame) -> None:
-        self.waiting.append(frame)
-
-    def begin(self) -> None:
-        """As many requests as there is room for, but not so many at once that others wait for it:
-        one receive may bring thousands."""
-        loop = self._served.loop
-        for _ in range(BATCH):
-            if not (self.waiting and self._may_answer() and self._served.has_room()):
-                break
-            self._served.begin(self, self.waiting.popleft())
-            if self._gathered_bytes >= GATHERED:
-                self.send_gathered(loop)
-        else:
-            if self.waiting and not self._called_later:
-                self._called_later = True
-                loop.call_later(0.0, self._begin_more)
-        self.send_gathered(loop)
-
-    def _begin_more(self) -> None:
-        self._called_later = False
-        self.advance()
-
-    def _may_answer(self) -> bool:
-        """While the other side does not read its answers it gets no new ones."""
-        if not self.wire.out:
-            return True
-        self._put_off = True
-        # Looked at again: a thread that sent the last of them before that line did not see it.
-        return not self.wire.out
-
-    def advance(self) -> None:
-        """Goes on with what was put off."""
-        if not self.closed:
-            self.begin()
-            if self.wire.ended and not self.waiting:
-                self.close()
-            self.watch()
-
-    # -- from any thread
-
-    def send(
-        self, frame: bytes | bytearray, passed: tuple[int, ...] = (), keep: Any = None
-    ) -> None:
-        if keep is None:
-            self.wire.put(frame, passed)
-        else:
-            with self._keeping:
-                self._kept.append(keep)
-                self.wire.put(frame, passed)
-        self.flush()
-        if self.wire.out:
-            self._served.loop.post(self.watch)
-
-    def gather(self, frame: bytearray, by: object) -> bool:
-        """Keeps an answer until `send_gathered`, by one who will have more of them at once; returns
-        whether it is the first."""
-        frames = self._gathered.setdefault(by, [])
-        frames.append(frame)
-        if by is self._served.loop:
-            self._gathered_bytes += len(frame)
-        return len(frames) == 1
-
-    def send_gathered(self, by: object) -> None:
-        """In one system call."""
-        frames = self._gathered.pop(by, None)
-        if by is self._served.loop:
-            self._gathered_bytes = 0
-        if frames and not self.closed:
-            self.send(b"".join(frames))
-
-    def flush(self) -> None:
-        try:
-            if not self.wire.flush():
-                return
-        except Gone:
-            # It has gone without waiting for its answers.
-            self._served.loop.post(self.close)
-            return
-        if self._kept:
-            with self._keeping:
-                if not self.wire.out:  # else another thread's are among them by now
-                    self._kept.clear()
-        if self._put_off:
-            self._put_off = False
-            self._served.loop.post(self.advance)
-
-    # -- on the loop
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
-        if self._mask:
-            self._served.loop.unregister(self._fd)
-        fds.disown(self._fd)
-        self.wire.close()
-        self.waiting.clear()
-        self._kept.clear()
-        self._served.gone(self)
-
-
-def _nothing(_notes: list[Any], _passed: list[Any]) -> list[tuple[Any, ...]]:
-    return []
+    handlers: Handlers
+    tasks: Tasks
+    max_in_flight: int
+    max_connections: int
+    max_frame: int
 
 
 class Served:
     """One tree."""
 
-    def __init__(self, server: Server, loop: Loop, tree_id: str, name: str) -> None:
-        self.server = server
+    def __init__(self, rules: Rules, loop: Loop, tree_id: str, name: str) -> None:
+        self.rules = rules
         self.loop = loop
         self.tree_id = tree_id
         self.name = name
@@ -319,11 +162,11 @@ class Served:
         if self._closed:
             raise ChannelClosed(f"tree {self.tree_id} has ended: nobody is there to be notified")
         try:
-            frame = encode_response(NOTIFICATION, body, None, self.server.max_frame)
+            frame = encode_response(NOTIFICATION, body, None, self.rules.max_frame)
         except TooLong as error:
             raise FrameTooLarge(
                 f"the notification has {error.length} bytes, and max_frame is "
-                f"{self.server.max_frame}"
+                f"{self.rules.max_frame}"
             ) from None
         waiting = max((len(lane.wire.out) for lane in tuple(self._lanes)), default=len(self._early))
         if waiting + len(self._unsent) >= MOST_NOTIFICATIONS:
@@ -361,8 +204,8 @@ class Served:
         error = ""
         if len(nonce) != rendezvous.NONCE:
             error = "that was no nonce"
-        elif len(self._lanes) >= self.server.max_connections:
-            error = f"the tree has {self.server.max_connections} connections already"
+        elif len(self._lanes) >= self.rules.max_connections:
+            error = f"the tree has {self.rules.max_connections} connections already"
         # EAGAIN: it does not read what we answer; others: it has gone.
         with contextlib.suppress(OSError):
             if error:
@@ -397,7 +240,7 @@ class Served:
                 fds.disown(ours.fileno())
                 ours.close()
                 raise
-        lane = Lane(self, ours)
+        lane = Lane(self, ours, self.rules.max_frame)
         self._lanes.append(lane)
         while self._early:
             lane.send(self._early.popleft())
@@ -443,11 +286,11 @@ class Served:
         return self._long is lane and not self._long_begun
 
     def has_room(self) -> bool:
-        if len(self._under_way) < self.server.max_in_flight:
+        if len(self._under_way) < self.rules.max_in_flight:
             return True
         self._put_off = True
         # Looked at again: what ended before that line did not see it.
-        return len(self._under_way) < self.server.max_in_flight
+        return len(self._under_way) < self.rules.max_in_flight
 
     # -- requests
 
@@ -462,7 +305,7 @@ class Served:
         done = partial(self._done, lane, token, long)
         try:
             if frame.refused:
-                limit = self.server.max_frame
+                limit = self.rules.max_frame
                 problem = f"the request has {frame.length} bytes, and max_frame is {limit}"
                 raise RemoteError(FRAME_TOO_LARGE, problem)
             try:
@@ -470,7 +313,7 @@ class Served:
             except DECODING_ERRORS as error:
                 raise RemoteError(UNDECODABLE, str(error)) from None
             number = request.id
-            handler, body = self.server.handlers.find(request.body)
+            handler, body = self.rules.handlers.find(request.body)
         except RemoteError as error:
             if number is None:
                 number = read_id(frame.data)
@@ -488,7 +331,7 @@ class Served:
             worker.run(partial(self._call, handler, body, finish))
         else:
             start = partial(self._start_task, handler, body, finish)
-            self.server.tasks.submit(start, partial(self._no_loop, finish))
+            self.rules.tasks.submit(start, partial(self._no_loop, finish))
 
     def _no_loop(self, finish: Callable[..., None], error: Exception) -> None:
         finish(None, RuntimeError(f"the handlers' event loop has ended: {error}"))
@@ -534,9 +377,9 @@ class Served:
             wire_error = None
         try:
             if type(answer) is Answer:
-                keep = _Kept(answer.fds)
+                keep = Kept(answer.fds)
                 answer, passed = answer.body, keep.numbers
-            frame = encode_response(number, answer, wire_error, self.server.max_frame)
+            frame = encode_response(number, answer, wire_error, self.rules.max_frame)
         except Exception as problem:
             self.log("channel.answer_failed", error=text_of(problem, repr))
             frame = encode_response(number, None, self._encoding_failed(problem).to_wire())
@@ -545,7 +388,7 @@ class Served:
 
     def _encoding_failed(self, problem: Exception) -> RemoteError:
         if isinstance(problem, TooLong):
-            limit = self.server.max_frame
+            limit = self.rules.max_frame
             text = f"the answer has {problem.length} bytes, and max_frame is {limit}"
             return RemoteError(ANSWER_TOO_LARGE, text)
         return RemoteError(UNENCODABLE_ANSWER, f"the answer cannot be encoded: {text_of(problem)}")
@@ -573,9 +416,9 @@ class Served:
             lane.send(frame, passed, keep)
         elif self.loop.is_current_thread():
             lane.gather(frame, self.loop)  # Lane.begin, which called the handler, sends it
-        elif self.server.tasks.is_running():
-            if lane.gather(frame, self.server):
-                asyncio.get_running_loop().call_soon(lane.send_gathered, self.server)
+        elif self.rules.tasks.is_running():
+            if lane.gather(frame, self.rules):
+                asyncio.get_running_loop().call_soon(lane.send_gathered, self.rules)
         else:
             lane.send(frame)
 
@@ -601,20 +444,6 @@ class Served:
 
 def _above_stdio(sock: socket.socket) -> socket.socket:
     return socket.socket(fileno=fds.above_stdio(sock.detach()))
-
-
-class _Kept:
-    """Descriptors of an answer, until it is sent."""
-
-    def __init__(self, passed: Any) -> None:
-        # First of all: whatever is wrong with the others, these are to be closed.
-        self._owned = PassedFds(tuple(fd for fd in passed if type(fd) is int))
-        if len(passed) > MOST_FDS:
-            raise ValueError(f"fds: {MOST_FDS} at most go with an answer, not {len(passed)}")
-        self._objects = [fd for fd in passed if type(fd) is not int]
-        self.numbers = tuple(fd if type(fd) is int else fd.fileno() for fd in passed)
-        for number in self.numbers:
-            os.fstat(number)  # with one that is not open the connection would end
 
 
 _all: weakref.WeakSet[Served] = weakref.WeakSet()

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from proctree.channel import tasks
 from proctree.channel.frames import MAX_FRAME
 from proctree.channel.handlers import Handlers, message_type
-from proctree.channel.served import Served
+from proctree.channel.served import Rules, Served
+from proctree.channel.tasks import Tasks
 from proctree.channel.types import to_max_frame
 from proctree.loop import Loop
 from proctree.process import fds
@@ -86,13 +86,15 @@ class Server:
         max_frame: int = MAX_FRAME,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self.max_in_flight = _count(max_in_flight, "max_in_flight")
-        self.max_connections = _count(max_connections, "max_connections")
-        self.max_frame = to_max_frame(max_frame)
         if loop is not None and not isinstance(loop, asyncio.AbstractEventLoop):
             raise TypeError(f"loop: an event loop of asyncio, not {loop!r}")
-        self.tasks = tasks.Tasks(loop)
-        self.handlers = Handlers()
+        self._rules = Rules(
+            handlers=Handlers(),
+            tasks=Tasks(loop),
+            max_in_flight=_count(max_in_flight, "max_in_flight"),
+            max_connections=_count(max_connections, "max_connections"),
+            max_frame=to_max_frame(max_frame),
+        )
 
     def handler(self, function: Function) -> Function:
         """A decorator: `handle` for the type that the first parameter is annotated with.
@@ -119,8 +121,8 @@ class Server:
             TypeError: not a message type, or not a function.
             ValueError: the type has a handler already, or no tag; or `inline` for an async one.
         """
-        self.handlers.add(kind, function, inline)
+        self._rules.handlers.add(kind, function, inline)
 
     def serve(self, tree_id: str, name: str) -> Served:
         """For one tree that is about to start."""
-        return Served(self, _channel_loop(), tree_id, name)
+        return Served(self._rules, _channel_loop(), tree_id, name)

@@ -26,7 +26,7 @@ from operator import call, itemgetter
 from typing import Any, cast
 
 from proctree.channel.frames import LENGTH, NOTHING, Chunk, Frame, Rest, needed, split
-from proctree.channel.passed import Ancillary, from_ancillary, room_for, to_ancillary
+from proctree.channel.passed import MOST_FDS, Ancillary, from_ancillary, room_for, to_ancillary
 
 PIECE = 32 << 10
 """Bytes sent at once. The kernel makes one message of at most so many, and takes all of it or
@@ -38,9 +38,6 @@ RECEIVE = 64 << 10
 WAIT_SECONDS = 0.01
 """The longest time spent in a receive that waits: nothing but data ends it, nobody else can receive
 meanwhile, and it may miss a signal that comes just before it."""
-
-MOST_FDS = 32
-"""Descriptors that may come with one frame."""
 
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _RECEIVE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
