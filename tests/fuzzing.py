@@ -189,8 +189,10 @@ TASK = b"\x92\x03\x81\xa4type\xa4task"
 ANSWER = b"\x93\x05\x81\xa4name\xa5value\xc0"
 FAILED = b"\x93\x05\xc0\x82\xa4type\xa5Error\xa6detail\x81\xa3key\xcb?\xf8\0\0\0\0\0\0"
 NESTED = b"\x92\xcd\x01\x00\x83\xa4type\xa3Ask\xa3key\xa0\xa4more\x81\xa1a\xd1\xff\x00"
+GARBLED = b"\x92\x04\x82\xa4type\xa3Ask\xa3key\xa4n\xffme"
+"""No UTF-8."""
 LIARS = [b"\xdd\xff\xff\xff\xff\x09", b"\x91" * 500, b""]
-BODIES = [ASK, THREAD, TASK, ANSWER, FAILED, NESTED, *LIARS]
+BODIES = [ASK, THREAD, TASK, ANSWER, FAILED, NESTED, GARBLED, *LIARS]
 
 
 def framed(body: bytes, length: int | None = None) -> bytes:
