@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PACKAGE_SOURCES := $(shell find src -name '*.py' -o -name '*.[ch]' -o -name 'meson.build') \
 	meson.build meson.options pyproject.toml
 
-.PHONY: all demo test lint soak bench docs fuzz sanitize clean
+.PHONY: all demo test lint soak bench record docs fuzz sanitize clean
 
 all: test
 
@@ -66,6 +66,10 @@ soak: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PIP) install --quiet -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks
+
+# What becomes of 200,000 requests of every kind, beside Airflow's channel.
+record: $(VENV)/.installed
+	$(RUN) -m benchmarks.record
 
 # The parsers of the warden for a minute each, and what has been learnt is kept for the next time.
 fuzz: $(VENV)/.installed .tools

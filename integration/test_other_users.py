@@ -16,7 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 NOBODY = 65534
 
-PACKAGES = ["proctree-supervisor", "attrs", "psutil", "structlog"]
+PACKAGES = ["proctree-supervisor", "attrs", "msgspec", "psutil", "structlog"]
 PACKAGES += ["pytest", "pytest-timeout", "pluggy", "iniconfig", "packaging", "pygments"]
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -28,7 +28,7 @@ def test_what_is_required():
     """The package with the system's bindings is never needed, only welcome."""
     required = importlib.metadata.requires(DISTRIBUTION) or []
     always = {re.split(r"\W", line)[0] for line in required if "extra ==" not in line}
-    assert always == {"attrs", "psutil", "structlog"}
+    assert always == {"attrs", "msgspec", "psutil", "structlog"}
 
 
 def test_it_is_typed():

@@ -230,7 +230,10 @@ class Channel:
             if self._why_closed is None:
                 party.send(frame)
                 del frame  # not kept until the answer comes
-                await waiter.wait(due)
+                if party.look_closely(waiter):
+                    await party.turn()
+                else:
+                    await waiter.wait(due)
         finally:
             self._pending.pop(number, None)
             party.leave()

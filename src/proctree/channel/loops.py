@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from proctree.channel.closely import Closely
 from proctree.channel.passed import PassedFds
 from proctree.channel.wire import Wire, unless_handled
 
@@ -134,6 +135,15 @@ class Party:
         if not self._owner.send(frame):
             self._watch_for_room()
 
+    def look_closely(self, waiter: TaskWaiter) -> bool:
+        """Whether its answer is there already. If it is, `turn` is due."""
+        return False
+
+    async def turn(self) -> None:
+        """Lets others have theirs: a task that is answered at once, over and over, would be alone
+        in its loop."""
+        raise NotImplementedError
+
     def flush(self) -> None:
         if not self._owner.flush():
             self._watch_for_room()
@@ -206,6 +216,7 @@ class AsyncioParty(Party):
         super().__init__(owner)
         self.loop = weakref.ref(loop)
         self._batch: list[bytearray] = []
+        self._closely = Closely(owner.advance)
 
     def waiter(self) -> AsyncioWaiter:
         return AsyncioWaiter(self, asyncio.get_running_loop().create_future())
@@ -225,6 +236,21 @@ class AsyncioParty(Party):
         self._batch.append(frame)
         if len(self._batch) >= BATCH or len(frame) >= SHORT:
             self._send_batch()
+
+    def look_closely(self, waiter: TaskWaiter) -> bool:
+        # What is to run next in the loop. Not every kind of loop says.
+        ready = getattr(asyncio.get_running_loop(), "_ready", None)
+        if ready is None or ready or self._under_way != 1:
+            return False
+        self._thread = threading.get_ident()
+        self._reading = True
+        try:
+            return self._closely.look(waiter)
+        finally:
+            self._reading = False
+
+    async def turn(self) -> None:
+        await asyncio.sleep(0)
 
     def _send_rest(self) -> None:
         if self._batch or self._owner.wire.out:

@@ -13,10 +13,12 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
 from proctree.channel.bell import Bell
+from proctree.channel.closely import Closely
 from proctree.channel.passed import PassedFds
 from proctree.channel.wire import Wire, unless_handled
 from proctree.latch import ENTRIES
@@ -98,6 +100,7 @@ class Threads:
         """Followers have a gate. A leader that is not in here does not wait any more: a signal
         handler raised before it could leave."""
         self.bell = Bell()
+        self._closely = Closely(partial(advance, False))
 
     @property
     def leader(self) -> ThreadWaiter | None:
@@ -164,8 +167,11 @@ class Threads:
             if done(waiter):
                 return
         if self.alone and due is None and len(self._waiting) == 1 and not self._wire.out:
-            # Nobody but the socket has anything to say, and a receive that waits takes half the
-            # time of a poll and a receive. Whoever comes now waits that moment for us.
+            # Nobody but the socket has anything to say.
+            if self._closely.look(waiter):
+                return
+            # A receive that waits takes half the time of a poll and a receive. Whoever comes now
+            # waits that moment for us.
             self._advance(True)
             if waiter.answer is not None:
                 return
