@@ -230,7 +230,7 @@ class Channel:
             if self._why_closed is None:
                 party.send(frame)
                 del frame  # not kept until the answer comes
-                if party.look_closely(waiter):
+                if party.under_way == 1 and party.look_closely(waiter):
                     await party.turn()
                 else:
                     await waiter.wait(due)

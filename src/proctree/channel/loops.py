@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import trio
 
 
-BATCH = 4
-"""Requests of one loop that go out together. With more the other side would have nothing to do
-while we prepare them, and we nothing while it answers."""
+BATCH = 16
+"""Requests of one loop that go out together at most. With more the other side would have nothing to
+do while we prepare them, and we nothing while it answers."""
 
 SHORT = 4 << 10
 """Bytes of a request that may wait for others."""
@@ -84,7 +84,8 @@ class Party:
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._under_way = 0
+        self.under_way = 0
+        """Requests."""
         self._staying = 0
         self._watching = False
         self._watching_for_room = False
@@ -103,7 +104,7 @@ class Party:
 
     def enter(self) -> None:
         """A request begins."""
-        self._under_way += 1
+        self.under_way += 1
         if not self._watching:
             self._watching = True
             try:
@@ -115,7 +116,7 @@ class Party:
     def leave(self) -> None:
         """A request has ended. The loop goes on watching until something comes that is not for it:
         the next request is likely to be its own again."""
-        self._under_way -= 1
+        self.under_way -= 1
 
     def stay(self) -> None:
         """Watch even with no request under way: for notifications."""
@@ -136,7 +137,8 @@ class Party:
             self._watch_for_room()
 
     def look_closely(self, waiter: TaskWaiter) -> bool:
-        """Whether its answer is there already. If it is, `turn` is due."""
+        """For the only request under way: whether its answer is there already. If it is, `turn` is
+        due."""
         return False
 
     async def turn(self) -> None:
@@ -156,7 +158,7 @@ class Party:
             self._owner.advance()
         finally:
             self._reading = False
-        return not self._owner.closed and bool(self._under_way or self._staying)
+        return not self._owner.closed and bool(self.under_way or self._staying)
 
     def _watch(self) -> None:
         raise NotImplementedError
@@ -216,15 +218,17 @@ class AsyncioParty(Party):
         super().__init__(owner)
         self.loop = weakref.ref(loop)
         self._batch: list[bytearray] = []
+        self._together = 1
         self._closely = Closely(owner.advance)
 
     def waiter(self) -> AsyncioWaiter:
         return AsyncioWaiter(self, asyncio.get_running_loop().create_future())
 
     def send(self, frame: bytearray) -> None:
-        """At once if it is the loop's only request; else with a few of those of the tasks whose
-        turn comes now, in one system call."""
-        if self._under_way == 1:
+        """At once if it is the loop's only request. Of those of the tasks whose turn comes now the
+        first goes at once, too, so that the other side has something to do; then two go together,
+        then four, and so on."""
+        if self.under_way == 1:
             super().send(frame)
             return
         if not self._batch:
@@ -234,13 +238,14 @@ class AsyncioParty(Party):
             loop.call_soon(self._send_rest)
             loop.call_soon(self._send_rest)
         self._batch.append(frame)
-        if len(self._batch) >= BATCH or len(frame) >= SHORT:
+        if len(self._batch) >= self._together or len(frame) >= SHORT:
+            self._together = min(2 * self._together, BATCH)
             self._send_batch()
 
     def look_closely(self, waiter: TaskWaiter) -> bool:
         # What is to run next in the loop. Not every kind of loop says.
         ready = getattr(asyncio.get_running_loop(), "_ready", None)
-        if ready is None or ready or self._under_way != 1:
+        if ready is None or ready:
             return False
         self._thread = threading.get_ident()
         self._reading = True
@@ -253,6 +258,7 @@ class AsyncioParty(Party):
         await asyncio.sleep(0)
 
     def _send_rest(self) -> None:
+        self._together = 1
         if self._batch or self._owner.wire.out:
             self._send_batch()
 
