@@ -139,6 +139,19 @@ class Shape:
         for _ in share:
             self.ask(rng)
 
+    def in_loop(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """As asyncio.run; and what a callback raises, which the loop would only log, is raised."""
+        raised: list[dict[str, Any]] = []
+
+        async def watched() -> None:
+            handler = lambda _loop, context: raised.append(context)  # noqa: E731
+            asyncio.get_running_loop().set_exception_handler(handler)
+            await coroutine
+
+        asyncio.run(watched())
+        if raised:
+            raise AssertionError(raised[0]) from raised[0].get("exception")
+
     async def tasks(self, coroutines: list[Coroutine[Any, Any, None]]) -> None:
         async with asyncio.timeout(HANGS_SECONDS):
             await asyncio.gather(*coroutines)
@@ -170,7 +183,7 @@ class Switching(Threads):
 class Tasks(Shape):
     def run(self) -> None:
         share = self.share(TASKS)
-        asyncio.run(self.tasks([self.ask_in_task(n, share) for n in range(TASKS)]))
+        self.in_loop(self.tasks([self.ask_in_task(n, share) for n in range(TASKS)]))
 
 
 class Loops(Shape):
@@ -181,7 +194,7 @@ class Loops(Shape):
         functions: list[Callable[[], object]] = []
         for number in range(CALLERS):
             functions += [
-                lambda n=number: asyncio.run(self.ask_in_task(f"loop {n}", share)),
+                lambda n=number: self.in_loop(self.ask_in_task(f"loop {n}", share)),
                 lambda n=number: self._convert(f"converted {n}", share),
                 lambda n=number: self.ask_on_thread(f"thread {n}", share),
             ]
@@ -197,7 +210,7 @@ class Triggers(Shape):
     """A main loop that asks for itself, and triggers whose synchronous code asks on threads."""
 
     def run(self) -> None:
-        asyncio.run(self._main())
+        self.in_loop(self._main())
 
     async def _main(self) -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CALLERS))
@@ -224,7 +237,7 @@ class Portals(Shape):
     in the middle of another request, and back again from threads."""
 
     def run(self) -> None:
-        asyncio.run(self._main())
+        self.in_loop(self._main())
 
     async def _main(self) -> None:
         share = self.share(5 * CALLERS)
@@ -264,7 +277,7 @@ class Trio(Shape):
         async def beside() -> None:
             await self.tasks([self.ask_in_task(f"beside {n}", share) for n in range(CALLERS)])
 
-        self.together(lambda: trio.run(main), lambda: asyncio.run(beside()))
+        self.together(lambda: trio.run(main), lambda: self.in_loop(beside()))
 
     async def _thread(self, caller: object, share: range) -> None:
         rng = self.random(caller)
@@ -291,7 +304,7 @@ class Cancelled(Shape):
                     nursery.start_soon(self._cancel_in_trio, f"trio {number}", share)
 
         self.together(
-            lambda: asyncio.run(main()),
+            lambda: self.in_loop(main()),
             lambda: trio.run(of_trio),
             *(lambda n=n: self._time_out(f"due {n}", share) for n in range(CALLERS)),
         )
@@ -340,7 +353,7 @@ class Signals(Shape):
         beside = self.threads(
             lambda: self.ask_on_thread("one", share),
             lambda: self.ask_on_thread("two", share),
-            lambda: asyncio.run(self.tasks([self.ask_in_task(n, share[::4]) for n in range(4)])),
+            lambda: self.in_loop(self.tasks([self.ask_in_task(n, share[::4]) for n in range(4)])),
         )
         before = {signo: signal.getsignal(signo) for signo in (signal.SIGALRM, signal.SIGPROF)}
 
@@ -405,7 +418,7 @@ class SignalsInLoop(Shape):
         before = signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, 4 * TICK_SECONDS)
         try:
-            asyncio.run(self.tasks([self.ask_in_task(n, share) for n in range(2 * CALLERS)]))
+            self.in_loop(self.tasks([self.ask_in_task(n, share) for n in range(2 * CALLERS)]))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

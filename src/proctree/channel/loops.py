@@ -195,6 +195,8 @@ class AsyncioWaiter(TaskWaiter):
         try:
             if not self.future.done():
                 self.future.set_result(None)
+        except asyncio.InvalidStateError as error:
+            unless_handled(error)  # else a signal handler has settled it just now
         except BaseException:
             # A signal handler raised, in a callback of the loop's, which forgets it then.
             if not self.future.done():
