@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import trio
 from tests.channel_ends import DEADLINE, Ends, eventually, warm
 
-from proctree.channel import Channel, ChannelClosed, Server, handle
+from proctree.channel import Channel, ChannelClosed, Server, handle, rendezvous
 
 __all__ = ["warm"]
 
@@ -96,6 +97,39 @@ def test_another_process_that_connects_at_the_same_time_is_waited_for(ends: Ends
     os.waitpid(pid, 0)
     for fd in (reader, writer, go_on):
         os.close(fd)
+
+
+def test_a_signal_handler_that_connects_in_the_middle_does_not_let_others_in(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim on a file ends when any descriptor of it is closed, or anybody lets it go."""
+    exchange = rendezvous._exchange
+    inner: list[Channel] = []
+    others: list[bool] = []
+
+    def may_others() -> bool:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                fcntl.lockf(ends.door.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os._exit(1)
+            os._exit(0)
+        return os.waitpid(pid, 0)[1] == 0
+
+    def interrupted(*arguments: Any) -> Any:
+        if not inner:
+            inner.append(None)  # type: ignore[arg-type]
+            inner[0] = Channel.connect(timeout=DEADLINE)
+            others.append(may_others())
+        return exchange(*arguments)
+
+    monkeypatch.setattr(rendezvous, "_exchange", interrupted)
+    with Channel.connect(timeout=DEADLINE) as channel, inner[0]:
+        assert channel.request(echo("outer"), timeout=DEADLINE) == "outer"
+        assert inner[0].request(echo("inner"), timeout=DEADLINE) == "inner"
+    assert others == [False]
+    assert may_others()
 
 
 # -- the descriptors after the end

@@ -105,8 +105,10 @@ def connect(due: float | None) -> socket.socket:
     fd = handle()
     nonce = os.urandom(NONCE)
     _asked[nonce] = None
+    # Of a connecting that a signal handler of ours interrupted: it has the claim already.
+    inside = _lock._is_owned()  # type: ignore[attr-defined]
     try:
-        with _lock, _claimed(fd, due):
+        with _lock, contextlib.nullcontext() if inside else _claimed(fd, due):
             welcome, received = _exchange(fd, nonce, due)
     except OSError as error:
         if isinstance(error, TimeoutError):
@@ -143,7 +145,8 @@ def _claimed(fd: int, due: float | None) -> Iterator[None]:
 
 
 def _exchange(fd: int, nonce: bytes, due: float | None) -> tuple[Welcome, list[int]]:
-    sock = socket.socket(fileno=os.dup(fd))
+    # Not a copy: the claim is gone as soon as any descriptor of the file is closed.
+    sock = socket.socket(fileno=fd)
     try:
         _wait(fd, select.POLLOUT, due)
         while not _send(sock, nonce):
@@ -153,7 +156,7 @@ def _exchange(fd: int, nonce: bytes, due: float | None) -> tuple[Welcome, list[i
             _receive(sock)
         return reply
     finally:
-        sock.close()
+        sock.detach()
 
 
 def _send(sock: socket.socket, nonce: bytes) -> bool:
