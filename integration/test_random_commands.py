@@ -318,6 +318,8 @@ class World:
             until_none(self._let_go, "processes that do not end by themselves")
         finally:
             self.orphans.stop()
+        # A tree that lost its warden and took long to die has survivors, and so keeps its entry.
+        proctree.sweep()
 
     def _let_go(self) -> list[proof.Stat]:
         """Nobody reads the lifelines any more, and so puppets end; one that is stopped does not see
