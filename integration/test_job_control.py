@@ -236,7 +236,7 @@ def test_foreground_goes_on_in_the_background(window: Window, tmp_path: Path) ->
     fifo.write_text("from the background\n")
     window.see("from the background\r\n")
     assert window.foreground() == window.process.pid
-    window.run("wait; echo waited")
+    window.run('wait; echo wai""ted')  # what is typed is shown, too
     window.see("waited\r\n")
 
 
