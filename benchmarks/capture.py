@@ -17,7 +17,7 @@ import processkit
 
 import proctree
 from benchmarks.native import program
-from benchmarks.table import Row
+from benchmarks.table import Row, as_much
 from benchmarks.timing import Contender, Effort, medians, timed
 
 BLOCK = 64 * 1024
@@ -115,15 +115,7 @@ def measure(effort: Effort) -> Iterator[Row]:
 
 
 def _row(what: str, ours: float, peer: str, theirs: float, least: float | None) -> Row:
-    ratio = ours / theirs
-    return Row(
-        what,
-        _rate(ours),
-        f"{peer}: {_rate(theirs)}",
-        f"{ratio:.2f} x",
-        "" if least is None else f">= {least:g} x",
-        None if least is None else ratio >= least,
-    )
+    return as_much(what, ours, peer, theirs, least, _rate)
 
 
 def _rate(rate: float) -> str:

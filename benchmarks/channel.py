@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import airflow_venvs
-from benchmarks.table import Row, milliseconds, skipped
+from benchmarks.table import Row, as_much, milliseconds, skipped
 from benchmarks.timing import Effort
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -75,18 +75,6 @@ def _rate(rate: float) -> str:
     return f"{rate / 1e3:.1f} k/s"
 
 
-def _compared(what: str, ours: float, peer: str, theirs: float, least: float) -> Row:
-    ratio = ours / theirs
-    return Row(
-        what,
-        _rate(ours),
-        f"{peer}: {_rate(theirs)}",
-        f"{ratio:.2f} x",
-        f">= {least:g} x",
-        ratio >= least,
-    )
-
-
 def measure(effort: Effort) -> Iterator[Row]:
     try:
         python = airflow_venvs.python(airflow_venvs.CURRENT)
@@ -100,7 +88,7 @@ def measure(effort: Effort) -> Iterator[Row]:
         for what, shape, other, name, least in PAIRS:
             beside = ours if other == RAW else peer
             mine, theirs = _medians([(ours, shape), (beside, other)], rounds)
-            yield _compared(f"requests, {what}", mine, name, theirs, least)
+            yield as_much(f"requests, {what}", mine, name, theirs, least, _rate)
         yield from _measure_delayed(stack, python, rounds)
         (longest,) = _medians([(ours, "flooded:16")], rounds, "p99")
         yield Row(
@@ -126,4 +114,4 @@ def _measure_delayed(stack: ExitStack, python: str, rounds: int) -> Iterator[Row
     )
     mine, theirs = _medians([(ours, "arequest:100"), (peer, "trigger:100")], rounds)
     what = "requests, 100 tasks, 2 ms each"
-    yield _compared(what, mine, "TriggerCommsDecoder.asend", theirs, DELAYED_RATIO)
+    yield as_much(what, mine, "TriggerCommsDecoder.asend", theirs, DELAYED_RATIO, _rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 _WIDTHS = (42, 10, 44, 13, 14, 3)
@@ -42,6 +43,26 @@ def times_as_long(what: str, ours: float, peer: str, theirs: float, limit: float
         f"{ratio:.2f} x",
         "" if limit is None else f"<= {limit:g} x",
         None if limit is None else ratio <= limit,
+    )
+
+
+def as_much(
+    what: str,
+    ours: float,
+    peer: str,
+    theirs: float,
+    least: float | None,
+    show: Callable[[float], str],
+) -> Row:
+    """Of a rate ours has to be at least `least` times the peer's; None: just shown."""
+    ratio = ours / theirs
+    return Row(
+        what,
+        show(ours),
+        f"{peer}: {show(theirs)}",
+        f"{ratio:.2f} x",
+        "" if least is None else f">= {least:g} x",
+        None if least is None else ratio >= least,
     )
 
 

@@ -10,11 +10,10 @@ Called as channel_shapes.py says, with these shapes:
 from __future__ import annotations
 
 import asyncio
-import threading
 from typing import Any
 
 import airflow_peer as peer
-from channel_shapes import WARM_UP, Shape, Turn, TurnMaker, run
+from channel_shapes import Shape, TurnMaker, from_tasks, from_threads, run
 
 
 def _check(answer: object, key: str) -> None:
@@ -25,36 +24,18 @@ def _check(answer: object, key: str) -> None:
 def send(threads: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
     with peer.echo(*delay) as connection:
         comms = peer.task_comms(connection)
-        errors: list[BaseException] = []
 
-        def work(measured: Turn) -> None:
-            try:
-                for key in measured.requests():
-                    _check(comms.send(peer.GetVariable(key=key)), key)
-            except BaseException as error:
-                errors.append(error)
+        def ask(key: str) -> None:
+            _check(comms.send(peer.GetVariable(key=key)), key)
 
-        for seconds in (WARM_UP, None):
-            measured = turn(seconds)
-            workers = [threading.Thread(target=work, args=[measured]) for _ in range(threads)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            if errors:
-                raise errors[0]
-        return measured.result()
+        return from_threads(threads, turn, ask)
 
 
 async def _tasks(comms: Any, tasks: int, turn: TurnMaker) -> dict[str, Any]:
-    async def work(measured: Turn) -> None:
-        for key in measured.requests():
-            _check(await comms.asend(peer.GetVariable(key=key)), key)
+    async def ask(key: str) -> None:
+        _check(await comms.asend(peer.GetVariable(key=key)), key)
 
-    for seconds in (WARM_UP, None):
-        measured = turn(seconds)
-        await asyncio.gather(*[work(measured) for _ in range(tasks)])
-    return measured.result()
+    return await from_tasks(tasks, turn, ask)
 
 
 def asend(tasks: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:

@@ -12,6 +12,7 @@ its request.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -19,8 +20,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -101,6 +103,44 @@ def raw(size: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
                 connection.sendall(message)
                 assert len(connection.recv(size, socket.MSG_WAITALL)) == size
         return measured.result()
+
+
+def from_threads(threads: int, turn: TurnMaker, ask: Callable[[str], None]) -> dict[str, Any]:
+    """`ask`, with the key of each request, from so many threads."""
+    errors: list[BaseException] = []
+
+    def work(measured: Turn) -> None:
+        try:
+            for key in measured.requests():
+                ask(key)
+        except BaseException as error:
+            errors.append(error)
+
+    for seconds in (WARM_UP, None):
+        measured = turn(seconds)
+        workers = [threading.Thread(target=work, args=[measured]) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if errors:
+            raise errors[0]
+    return measured.result()
+
+
+async def from_tasks(
+    tasks: int, turn: TurnMaker, ask: Callable[[str], Awaitable[None]]
+) -> dict[str, Any]:
+    """The same from so many tasks."""
+
+    async def work(measured: Turn) -> None:
+        for key in measured.requests():
+            await ask(key)
+
+    for seconds in (WARM_UP, None):
+        measured = turn(seconds)
+        await asyncio.gather(*[work(measured) for _ in range(tasks)])
+    return measured.result()
 
 
 def _lines(fd: int) -> Iterator[str]:

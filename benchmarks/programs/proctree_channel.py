@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+from functools import partial
 from typing import Any
 
-from channel_shapes import WARM_UP, Shape, Turn, TurnMaker, echo, raw, run
+from channel_shapes import WARM_UP, Shape, TurnMaker, echo, from_tasks, from_threads, raw, run
 
 from proctree import __version__
 from proctree.channel import Channel, Message
@@ -35,31 +36,13 @@ def _check(answer: object, key: str) -> None:
         raise AssertionError(f"the answer to {key} was {answer}")
 
 
-def _ask(channel: Channel, turn: Turn) -> None:
-    for key in turn.requests():
-        _check(channel.request(GetVariable(key)), key)
+def _ask(channel: Channel, key: str) -> None:
+    _check(channel.request(GetVariable(key)), key)
 
 
 def request(threads: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
     with echo(*delay) as connection, Channel(connection, types=[VariableResult]) as channel:
-        errors: list[BaseException] = []
-
-        def work(measured: Turn) -> None:
-            try:
-                _ask(channel, measured)
-            except BaseException as error:
-                errors.append(error)
-
-        for seconds in (WARM_UP, None):
-            measured = turn(seconds)
-            workers = [threading.Thread(target=work, args=[measured]) for _ in range(threads)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            if errors:
-                raise errors[0]
-        return measured.result()
+        return from_threads(threads, turn, partial(_ask, channel))
 
 
 def flooded(threads: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
@@ -68,7 +51,7 @@ def flooded(threads: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
 
         def flood(number: int) -> None:
             while not over.is_set():
-                _check(channel.request(GetVariable(f"flood-{number}")), f"flood-{number}")
+                _ask(channel, f"flood-{number}")
 
         others = [threading.Thread(target=flood, args=[number]) for number in range(threads)]
         for other in others:
@@ -76,7 +59,8 @@ def flooded(threads: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
         try:
             for seconds in (WARM_UP, None):
                 measured = turn(seconds)
-                _ask(channel, measured)
+                for key in measured.requests():
+                    _ask(channel, key)
             return measured.result()
         finally:
             over.set()
@@ -84,20 +68,13 @@ def flooded(threads: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
                 other.join()
 
 
-async def _tasks(channel: Channel, tasks: int, turn: TurnMaker) -> dict[str, Any]:
-    async def work(measured: Turn) -> None:
-        for key in measured.requests():
-            _check(await channel.arequest(GetVariable(key)), key)
-
-    for seconds in (WARM_UP, None):
-        measured = turn(seconds)
-        await asyncio.gather(*[work(measured) for _ in range(tasks)])
-    return measured.result()
-
-
 def arequest(tasks: int, delay: list[str], turn: TurnMaker) -> dict[str, Any]:
     with echo(*delay) as connection, Channel(connection, types=[VariableResult]) as channel:
-        return asyncio.run(_tasks(channel, tasks, turn))
+
+        async def ask(key: str) -> None:
+            _check(await channel.arequest(GetVariable(key)), key)
+
+        return asyncio.run(from_tasks(tasks, turn, ask))
 
 
 SHAPES: dict[str, Shape] = {

@@ -9,7 +9,7 @@ import socket
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -38,7 +38,7 @@ from proctree.channel.notifications import Notifications
 from proctree.channel.passed import PassedFds
 from proctree.channel.threads import Threads, ThreadWaiter
 from proctree.channel.types import decoder, to_max_frame
-from proctree.channel.wire import Gone, Wire, is_stream, unless_handled
+from proctree.channel.wire import Gone, Wire, is_stream, listed, unless_handled
 from proctree.policy import to_seconds
 from proctree.process import fds
 
@@ -339,7 +339,7 @@ class Channel:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:
             unless_handled(error)
-        for waiter in (*_keys(self._pending.values), *_keys(self._want_room.keys)):
+        for waiter in (*listed(self._pending.values), *listed(self._want_room.keys)):
             waiter.wake()
         self._notifications.wake()
 
@@ -356,13 +356,8 @@ class Channel:
 
     def send(self, frame: bytearray) -> bool:
         """Sends a frame, or queues what of it cannot be sent; returns whether all was sent."""
-        try:
-            done = self.wire.send(frame)
-        except Gone:
-            return self._lost()
-        if self._want_room:
-            self._give_room()
-        return done
+        self.wire.put(frame)
+        return self.flush()
 
     def flush(self) -> bool:
         """Sends what can be sent without waiting; returns whether that was everything."""
@@ -458,14 +453,6 @@ def _mark(frame: Frame) -> tuple[int | None, tuple[int, ...]]:
 
 def _take(waiter: AnyWaiter) -> list[int]:
     return [] if waiter.fds is None else waiter.fds.take()
-
-
-def _keys(view: Callable[[], Iterable[AnyWaiter]]) -> list[AnyWaiter]:
-    while True:
-        try:
-            return list(view())
-        except RuntimeError as error:  # changed meanwhile
-            unless_handled(error)
 
 
 def _give_back(pid: int, owned: dict[int, None], wire: Wire, bell: Bell) -> None:

@@ -5,7 +5,7 @@ error]` answers, and an answer with the id 0 answers nobody: it is a notificatio
 bytes that the task SDK of Airflow 3 speaks.
 
 `split` is a function of what has come so far and has no memory of its own: whoever calls it twice
-with the same chunks gets the same frames twice. The client's reading rests on that (reading.py).
+with the same chunks gets the same frames twice. The reading of the wire rests on that (wire.py).
 """
 
 from __future__ import annotations

@@ -94,13 +94,11 @@ class Lane:
         self.advance()
 
     def read(self) -> None:
+        """What is there, for `advance` to go on with."""
         for _ in range(TURN):
             if not self._may_read() or not self.wire.pump(self._arrived, _nothing):
                 break
             self.begin()
-        self.begin()
-        if self.wire.ended and not self.waiting:
-            self.close()
 
     def _arrived(self, frame: Frame) -> None:
         self.waiting.append(frame)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from proctree.channel.closely import Closely
 from proctree.channel.passed import PassedFds
-from proctree.channel.wire import Wire, unless_handled
+from proctree.channel.wire import Wire, listed, unless_handled
 
 if TYPE_CHECKING:
     import trio
@@ -405,21 +405,14 @@ class Parties:
         self._parties: weakref.WeakKeyDictionary[Any, Party] = weakref.WeakKeyDictionary()
         self._last: AsyncioParty | None = None
 
-    def _all(self) -> list[Party]:
-        while True:
-            try:
-                return list(self._parties.values())
-            except RuntimeError as error:  # one came or went just now
-                unless_handled(error)
-
     @property
     def busy(self) -> bool:
         """Whether a loop watches the socket. From any thread."""
-        return any(party.busy for party in self._all())
+        return any(party.busy for party in listed(self._parties.values))
 
     def look(self) -> None:
         """Has each loop look for what has come already. From any thread."""
-        for party in self._all():
+        for party in listed(self._parties.values):
             party.call_soon(self._owner.advance)
 
     def stop(self) -> None:

@@ -8,7 +8,7 @@ raise, and what it interrupted never goes on. A lock against that would wait for
   alone, which no exception can come in between.
 * What is received is put where everybody finds it, and what is sent is taken away, by the one call
   into C that does the system call: no handler runs inside, so none ever sees bytes that are neither
-  in the kernel nor in `_inbox`, or that are in both the kernel and `_out`.
+  in the kernel nor in `_inbox`, or that are in both the kernel and `out`.
 * Cutting the stream into frames is a function of `_inbox` (frames.py). Only the outermost call
   takes what was cut away from it; a call inside another one sees the same frames again, and more.
   So a frame may be delivered twice, and whoever gets it must not mind.
@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat, starmap
 from operator import call, itemgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from proctree.channel.frames import LENGTH, NOTHING, Chunk, Frame, Rest, needed, split
 from proctree.channel.passed import MOST_FDS, Ancillary, from_ancillary, room_for, to_ancillary
@@ -50,6 +50,8 @@ _unpack_length = LENGTH.unpack_from
 _END: Received = (b"", [], 0, None)
 """What a receive returns at the end of the stream."""
 
+T = TypeVar("T")
+
 Deliver = Callable[[Frame], Any]
 Commit = Callable[[list[Any], list[Frame]], Iterable[tuple[Any, ...]]]
 
@@ -69,6 +71,15 @@ def unless_handled(error: BaseException) -> None:
     traceback = error.__traceback__
     if traceback is not None and traceback.tb_next is not None:
         raise error
+
+
+def listed(view: Callable[[], Iterable[T]]) -> list[T]:
+    """What is in a mapping that others change meanwhile; `view` is its `keys` or `values`."""
+    while True:
+        try:
+            return list(view())
+        except RuntimeError as error:  # something came or went just now
+            unless_handled(error)
 
 
 class Wire:
@@ -96,7 +107,7 @@ class Wire:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(WAIT_SECONDS))
         self.out: deque[tuple[Any, ...]] = deque()
         """Pieces that are waiting for room in the socket."""
-        # Each step sends what is first in `_out` and then takes it out. IndexError: there is
+        # Each step sends what is first in `out` and then takes it out. IndexError: there is
         # nothing; BlockingIOError: there is no room; and it can go on after either.
         send = starmap(call, map(itemgetter(0), repeat(self.out)))
         taken = map(call, repeat(self.out.popleft))
@@ -137,14 +148,6 @@ class Wire:
             self.out.extend(pieces)  # at once: nothing of anybody else's comes in between
         else:
             deque(starmap(call, ((self.out.extend, pieces), (then,))), 0)
-
-    def send(self, frame: bytes | bytearray) -> bool:
-        """`put` and `flush`."""
-        if len(frame) <= PIECE:
-            self.out.append((self._sock.send, frame, _SEND_FLAGS))
-        else:
-            self.put(frame)
-        return self.flush()
 
     def flush(self) -> bool:
         """Sends what the kernel has room for; returns whether that was everything.
