@@ -37,6 +37,8 @@ INPUTS: list[tuple[Event, dict[str, Any]]] = [
     (Event.MAIN_EXITED, {"status": 0, "leftovers": (), "empty": True}),
     (Event.MAIN_EXITED, {"status": 0, "leftovers": (), "empty": False}),
     (Event.MAIN_EXITED, {"status": None, "leftovers": SOMEBODY, "empty": False}),
+    (Event.SUCCEEDED, {}),
+    (Event.SUCCESSOR_EXITED, {"status": 256}),
     (Event.EMPTY, {}),
     (Event.LOST, {"detail": "end of file"}),
 ]
@@ -74,7 +76,9 @@ Key = tuple[Any, ...]
 
 
 def key_of(life: Lifecycle, world: World) -> Key:
-    fields = [name for name in Lifecycle.__slots__ if name not in ("_actions", "detail")]
+    # What no rule looks at would only multiply the situations.
+    seen = ("_actions", "detail", "status", "successor_status", "leftovers")
+    fields = [name for name in Lifecycle.__slots__ if name not in seen]
     return (*(getattr(life, name) for name in fields), world)
 
 
@@ -605,3 +609,34 @@ def test_a_second_kill_never_puts_the_end_off():
         Action.SIGNAL,
         Action.ARM_STAGE,
     ]
+
+
+def test_the_end_of_the_main_process_is_not_the_end_when_another_has_taken_its_place():
+    life = life_in(State.RUNNING)
+    life.handle(Event.SUCCEEDED)
+    assert main_exited(life, SOMEBODY) == []
+    assert life.state is State.RUNNING
+    actions = life.handle(Event.SUCCESSOR_EXITED, status=0x300)
+    assert kinds(actions) == [Action.SIGNAL, Action.ARM_STAGE]
+    life.handle(Event.EMPTY)
+    assert (life.state, life.reason, life.main_status) == (State.CLOSED, None, 0x300)
+
+
+def test_without_its_exit_status_that_of_the_main_process_stays():
+    life = life_in(State.RUNNING)
+    life.handle(Event.SUCCEEDED)
+    main_exited(life, SOMEBODY, status=0x100)
+    life.handle(Event.SUCCESSOR_EXITED, status=None)
+    assert life.main_status == 0x100
+
+
+def test_only_a_stage_that_another_one_follows_may_be_given_more_time():
+    life = life_in(State.RUNNING)
+    assert not life.may_extend
+    kill(life)
+    assert life.may_extend
+    for _ in range(len(life.policy.stages) - 1):
+        life.handle(Event.STAGE_DUE)
+    assert not life.may_extend
+    life.handle(Event.STAGE_DUE)
+    assert not life.may_extend

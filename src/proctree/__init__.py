@@ -21,6 +21,19 @@ from proctree.lifecycle import State
 from proctree.policy import KillPolicy, Leftovers, Scope, Stage
 from proctree.records import Cut, Member, Reason, StageSent, Usage
 from proctree.stdio import Stdio
+from proctree.subscriptions import Subscription, subscribe
+from proctree.transitions import (
+    EventsMissed,
+    MainExited,
+    TreeDraining,
+    TreeEnded,
+    TreeSignalled,
+    TreeStarted,
+    TreeStarting,
+    TreeStopping,
+    TreeSurvivor,
+    TreeSwept,
+)
 from proctree.watched import WatchedSubprocess, run
 
 if TYPE_CHECKING:
@@ -46,11 +59,13 @@ __all__ = [
     "Chunks",
     "ContainmentUnavailable",
     "Cut",
+    "EventsMissed",
     "KillPolicy",
     "Leftovers",
     "Limits",
     "Lines",
     "Log",
+    "MainExited",
     "Member",
     "Outcome",
     "ProctreeError",
@@ -62,11 +77,21 @@ __all__ = [
     "StageSent",
     "State",
     "Stdio",
+    "Subscription",
     "Swept",
+    "TreeDraining",
+    "TreeEnded",
     "TreeFailed",
+    "TreeSignalled",
+    "TreeStarted",
+    "TreeStarting",
+    "TreeStopping",
+    "TreeSurvivor",
+    "TreeSwept",
     "Usage",
     "WatchedSubprocess",
     "run",
+    "subscribe",
     "sweep",
 ]
 

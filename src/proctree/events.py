@@ -34,6 +34,11 @@ def _emit(level: str, event: str, fields: dict[str, Any]) -> None:
         log("%s %s", event, text, exc_info=exc_info)
 
 
+def wanted() -> bool:
+    """Whether anybody sees what `debug` says."""
+    return _configured()
+
+
 def debug(event: str, **fields: Any) -> None:
     """An event that only somebody who asked for events wants to see."""
     if _configured():

@@ -66,6 +66,11 @@ class Event(enum.Enum):
     MAIN_EXITED = "main exited"
     """`status` (as waitpid(2), or None when it was stolen), `leftovers`, and `empty`: whether
     nothing is left. What is left need not be visible."""
+    SUCCEEDED = "main succeeded"
+    """Another process of the tree has taken the main process's place (MAINPID of sd_notify(3)): the
+    exit of the main process is the end no longer."""
+    SUCCESSOR_EXITED = "successor exited"
+    """And that one has exited: `status`, as waitpid(2), or None where it cannot be known."""
     EMPTY = "tree empty"
     """Proved: no process of the tree is left."""
     SURVEYED = "surveyed"
@@ -144,6 +149,7 @@ class Lifecycle:
         "status",
         "stopping_kill",
         "streams",
+        "successor_status",
         "survivors",
     )
 
@@ -163,6 +169,7 @@ class Lifecycle:
         self.stopping_kill = False
         self.main_exited = False
         self.status: int | None = None
+        self.successor_status: int | None = None
         self.leftovers: tuple[Member, ...] = ()
         self.survivors: tuple[Member, ...] = ()
         self.empty = False
@@ -176,6 +183,20 @@ class Lifecycle:
         if rule is not None:
             self.state = rule(self, **payload)
         return actions
+
+    @property
+    def main_status(self) -> int | None:
+        """Of the main process, or of what took its place."""
+        return self.status if self.successor_status is None else self.successor_status
+
+    @property
+    def may_extend(self) -> bool:
+        """Whether the stage under way may be given more time: not the last one, SIGKILL."""
+        return (
+            self.state is State.STOPPING
+            and self.phase is Phase.STAGES
+            and self.stage_index < len(self.policy.stages)
+        )
 
     def _ask(self, action: Action, payload: Any = None) -> None:
         self._actions.append((action, payload))
@@ -344,6 +365,21 @@ def _main_exited_running(
     return State.RUNNING
 
 
+def _succeeded(life: Lifecycle) -> State:
+    life.leftover_policy = Leftovers.WAIT
+    return State.RUNNING
+
+
+def _successor_exited(life: Lifecycle, status: int | None) -> State:
+    life.successor_status = status
+    return life.state
+
+
+def _successor_exited_running(life: Lifecycle, status: int | None) -> State:
+    _successor_exited(life, status)
+    return life._stop()
+
+
 def _empty(life: Lifecycle) -> State:
     life.empty = True
     life.survivors = ()
@@ -432,11 +468,14 @@ TABLE: dict[tuple[State, Event], Rule] = {
     (State.STARTING, Event.LOST): _lost,
     (State.RUNNING, Event.KILL): _kill_running,
     (State.RUNNING, Event.MAIN_EXITED): _main_exited_running,
+    (State.RUNNING, Event.SUCCEEDED): _succeeded,
+    (State.RUNNING, Event.SUCCESSOR_EXITED): _successor_exited_running,
     (State.RUNNING, Event.EMPTY): _empty,
     (State.RUNNING, Event.STREAM_ENDED): _stream_ended,
     (State.RUNNING, Event.LOST): _lost,
     (State.STOPPING, Event.KILL): _kill_stopping,
     (State.STOPPING, Event.MAIN_EXITED): _main_exited,
+    (State.STOPPING, Event.SUCCESSOR_EXITED): _successor_exited,
     (State.STOPPING, Event.STAGE_DUE): _stage_due,
     (State.STOPPING, Event.EMPTY): _empty,
     (State.STOPPING, Event.SURVEYED): _surveyed,

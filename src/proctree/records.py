@@ -21,6 +21,10 @@ class Reason(enum.StrEnum):
     `TIMEOUT` and `KILLED`: it was ended by the kill policy. `EXEC_FAILED`: it never started.
     `SUPERVISOR_LOST`: the supervising interpreter was exiting. `WARDEN_LOST`: the warden was killed
     or answered with garbage, and what was left of the tree was swept.
+
+    Those of a supervised child: `HEARTBEAT_REJECTED`: whom its heartbeat goes to does not want it
+    any more. `HEARTBEAT_FAILED`: the heartbeat failed too often in a row. `WATCHDOG`: it did not
+    say in time that it lives. `NOT_READY`: it was not ready in time.
     """
 
     EXITED = "exited"
@@ -30,6 +34,10 @@ class Reason(enum.StrEnum):
     EXEC_FAILED = "exec-failed"
     SUPERVISOR_LOST = "supervisor-lost"
     WARDEN_LOST = "warden-lost"
+    HEARTBEAT_REJECTED = "heartbeat-rejected"
+    HEARTBEAT_FAILED = "heartbeat-failed"
+    WATCHDOG = "watchdog"
+    NOT_READY = "not-ready"
 
 
 class Usage(NamedTuple):

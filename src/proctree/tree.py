@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from proctree import events
+from proctree import events, subscriptions, transitions
 from proctree.command import Command
 from proctree.containment.base import Contained
 from proctree.errors import ContainmentUnavailable, ProctreeError, step
@@ -81,6 +81,8 @@ class Tree:
         self._outcome: Outcome | None = None
         self.when_stopped: list[Callable[[int], None]] = []
         """Called on the loop's thread when the main process of a foreground job was stopped."""
+        self.observers: list[Callable[[Any], None]] = []
+        """Called on the loop's thread with every event of this tree, before anybody else."""
         self.start_error: Exception | None = None
         self._streams = streams
         self._channel = channel
@@ -94,6 +96,7 @@ class Tree:
         self._deferred: list[Stage] = []
         self._queue: deque[tuple[Event, dict[str, Any]]] = deque()
         self._handling = False
+        self._told_stopping = False
         self._stage_timer: Timer | None = None
         self._drain_timer: Timer | None = None
         self._timeout_timer: Timer | None = None
@@ -153,6 +156,12 @@ class Tree:
 
     def signal(self, stage: Stage) -> None:
         self._loop.post(lambda: self._signal(stage))
+
+    def extend(self, seconds: float) -> None:
+        """On the loop: the stage under way, if it is not the last one, is not over sooner."""
+        left = self._stage_left()
+        if self.life.may_extend and left is not None and left < seconds:
+            self._arm_stage(seconds)
 
     def set_frozen(self, frozen: bool) -> None:
         self._loop.post(lambda: self._freeze(frozen))
@@ -220,7 +229,10 @@ class Tree:
             while self._queue:
                 event, payload = self._queue.popleft()
                 self._note(event, payload)
-                for action, argument in self.life.handle(event, **payload):
+                before = self.life.state
+                actions = self.life.handle(event, **payload)
+                self._tell(before, event)
+                for action, argument in actions:
                     self._guard(partial(self._PERFORM[action], self, argument), action.value)
         finally:
             self._handling = False
@@ -244,13 +256,6 @@ class Tree:
         if event is Event.LOST and self.life.state is State.STARTING:
             self.start_error = ContainmentUnavailable(payload["detail"])
         elif event is Event.STARTED:
-            events.debug(
-                "tree.started",
-                tree_id=self.tree_id,
-                pid=self.contained.pid,
-                name=self.command.name,
-                containment=self.contained.name,
-            )
             # Not before: what is logged of its output names its pid.
             self._streams.start()
             for stage in self._deferred:
@@ -260,6 +265,29 @@ class Tree:
             self._ended = time.monotonic()
         elif event is Event.MAIN_EXITED:
             self._streams.close_input()
+
+    def _tell(self, before: State, event: Event) -> None:
+        """Of what has just become of the tree, in the order in which it did."""
+        life, name, pid = self.life, self.command.name, self.contained.pid
+        if event is Event.SPAWNED and before is State.NEW:
+            self._emit(transitions.TreeStarting, name, self.contained.name)
+        elif event is Event.STARTED and before is State.STARTING:
+            self._emit(transitions.TreeStarted, name, pid, self.contained.name)
+        elif event is Event.MAIN_EXITED and before in (State.RUNNING, State.STOPPING):
+            returncode = None if life.status is None else os.waitstatus_to_exitcode(life.status)
+            self._emit(transitions.MainExited, name, pid, returncode, len(life.leftovers))
+        stopping = life.state is State.STOPPING or life.kill_pending
+        if stopping and not self._told_stopping:
+            self._told_stopping = True
+            self._emit(transitions.TreeStopping, name, pid, life.reason, life.detail)
+        if life.state is State.DRAINING and before is not State.DRAINING:
+            self._emit(transitions.TreeDraining, name)
+
+    def _emit(self, kind: Callable[..., Any], *values: Any) -> None:
+        event = kind(self.tree_id, *values, transitions.now())
+        for observer in tuple(self.observers):
+            self._guard(partial(observer, event), "observer")
+        subscriptions.publish(event)
 
     def stream_ended(self) -> None:
         self.happened(Event.STREAM_ENDED)
@@ -291,12 +319,7 @@ class Tree:
         at = time.monotonic() - self._began
         serial = self.contained.send(stage, resume=True)
         self._sent[serial] = StageSent(stage.signal, stage.scope, at)
-        events.debug(
-            "tree.signalled",
-            tree_id=self.tree_id,
-            signal=stage.signal.name,
-            scope=str(stage.scope),
-        )
+        self._emit(transitions.TreeSignalled, self.command.name, stage.signal, stage.scope)
 
     def _arm_stage(self, seconds: float) -> None:
         self._disarm_stage()
@@ -311,7 +334,7 @@ class Tree:
         self.contained.survey()
 
     def _sweep(self, _nothing: None) -> None:
-        events.warning("tree.swept", tree_id=self.tree_id, reason=self.life.detail)
+        self._emit(transitions.TreeSwept, self.command.name, self.life.detail)
         self.contained.sweep()
 
     def _release(self, _nothing: None) -> None:
@@ -340,19 +363,16 @@ class Tree:
         ending = self.ending = self._make_ending()
         _alive.discard(self)
         for member in ending.survivors:
-            events.warning(
-                "tree.survivor",
-                tree_id=self.tree_id,
-                pid=member.pid,
-                name=member.name,
-                why=member.why,
-            )
-        events.debug(
-            "tree.ended",
-            tree_id=self.tree_id,
-            reason=str(ending.reason),
-            returncode=ending.returncode,
-            duration=ending.duration,
+            self._emit(transitions.TreeSurvivor, member.pid, member.name, member.why)
+        self._emit(
+            transitions.TreeEnded,
+            self.command.name,
+            ending.pid,
+            ending.reason,
+            ending.detail,
+            ending.returncode,
+            ending.duration,
+            len(ending.survivors),
         )
         self.started.set()
         self.closed.set()
@@ -377,7 +397,8 @@ class Tree:
     def _make_ending(self) -> Ending:
         life = self.life
         ended = self._ended if self._ended is not None else time.monotonic()
-        returncode = None if life.status is None else os.waitstatus_to_exitcode(life.status)
+        status = life.main_status
+        returncode = None if status is None else os.waitstatus_to_exitcode(status)
         reason = life.reason
         if reason is None:
             signaled = returncode is not None and returncode < 0
