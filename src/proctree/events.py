@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from typing import Any
+
+SPARING_SECONDS = 1.0
 
 
 def _configured() -> bool:
@@ -63,3 +66,27 @@ def _safely(level: str, event: str, fields: dict[str, Any]) -> None:
     except Exception as exception:
         with contextlib.suppress(Exception):  # there may be no standard error, or a closed one
             print(f"proctree: logging {event} failed: {exception!r}", file=sys.stderr)
+
+
+class Sparing:
+    """Warnings about one tree, at most one of a kind a second: a tree must not fill the log.
+
+    Args:
+        fields: of every event.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self._fields = fields
+        self._logged: dict[str, tuple[float, int]] = {}
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """How many were left out is in the next. From any thread."""
+        now = time.monotonic()
+        due, left_out = self._logged.get(event, (0.0, 0))
+        if now < due:
+            self._logged[event] = (due, left_out + 1)
+            return
+        self._logged[event] = (now + SPARING_SECONDS, 0)
+        if left_out:
+            fields["left_out"] = left_out
+        warning(event, **self._fields, **fields)

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -56,9 +55,6 @@ MOST_NOTIFICATIONS = 1024
 
 MOST_SHOWN = 1000
 """Characters of a message about what a tree has sent: it may quote it, and that may be long."""
-
-EVENT_SECONDS = 1.0
-"""How often the same thing is logged about a tree: a tree must not fill the log."""
 
 
 class Caller:
@@ -121,7 +117,7 @@ class Served:
         self._early: deque[bytearray] = deque()
         self._unsent: deque[bytearray] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._logged: dict[str, tuple[float, int]] = {}
+        self._sparing = events.Sparing(tree_id=tree_id, name=name)
         self._closed = False
         _all.add(self)
 
@@ -431,15 +427,7 @@ class Served:
 
     def log(self, event: str, **fields: Any) -> None:
         """At most one of a kind a second; how many were left out is in the next."""
-        now = time.monotonic()
-        due, left_out = self._logged.get(event, (0.0, 0))
-        if now < due:
-            self._logged[event] = (due, left_out + 1)
-            return
-        self._logged[event] = (now + EVENT_SECONDS, 0)
-        if left_out:
-            fields["left_out"] = left_out
-        events.warning(event, tree_id=self.tree_id, name=self.name, **fields)
+        self._sparing.warning(event, **fields)
 
 
 def _above_stdio(sock: socket.socket) -> socket.socket:
