@@ -26,6 +26,7 @@ from proctree.channel import server, tasks
 from proctree.containment.warden import WardenContained
 from proctree.errors import ContainmentUnavailable
 from proctree.process import cgroups, prctl, proof
+from proctree.supervisor import notify_directory
 
 LEAVE_SECONDS = 10.0
 """How long something that is ending may take to be gone."""
@@ -110,6 +111,8 @@ def pytest_configure(config: pytest.Config) -> None:
     loop.get()
     server._channel_loop()
     tasks.loop()
+    for reachable in (False, True):
+        notify_directory.get(reachable=reachable)
 
 
 _own_wardens: set[tuple[int, int]] = set()

@@ -166,7 +166,7 @@ def test_host_programs_that_take_exit_statuses(habit: str, containment: str) -> 
 
 
 def status_by_pidfd() -> bool:
-    from proctree.containment.group import status_from_pidfd
+    from proctree.process.exit_status import status_from_pidfd
 
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 9"], os.environ)
     pidfd = os.pidfd_open(pid)

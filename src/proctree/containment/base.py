@@ -166,5 +166,14 @@ class Contained(abc.ABC):
         thread."""
 
     @abc.abstractmethod
+    def has_member(self, pid: int) -> bool:
+        """Whether it is a process of the tree. The caller has its pidfd, and looks afterwards
+        whether the number was still its own.
+
+        Raises:
+            OSError: descriptors or memory are short, so that it cannot be said.
+        """
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Gives back every descriptor. The processes are not touched any more."""

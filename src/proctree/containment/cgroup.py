@@ -90,6 +90,10 @@ class CgroupContained(WardenContained):
         with contextlib.suppress(OSError):
             os.rmdir(self._leaf)
 
+    def has_member(self, pid: int) -> bool:
+        """By descent, and if not, by its cgroup: somebody may have put it there from outside."""
+        return super().has_member(pid) or cgroups.holds(self._leaf, pid)
+
     def _end_at_once(self) -> tuple[Member, ...]:
         """Exactly what was in the tree, whatever marks it has lost."""
         _ended, survivors = end_cgroup(self._leaf, END_SECONDS)

@@ -12,10 +12,8 @@ reaped before its group has ended: until then its number, and so its group's, ca
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
-import struct
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -37,8 +35,17 @@ from proctree.lifecycle import Event
 from proctree.loop import READ, Loop, Timer
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.process import child, fds, prctl, proof
+from proctree.process.exit_status import status_from_pidfd
 from proctree.process.proof import Stat
-from proctree.process.sweep import AGAIN_SECONDS, Search, find, held_by_tracer, sweep, to_member
+from proctree.process.sweep import (
+    AGAIN_SECONDS,
+    Search,
+    find,
+    held_by_tracer,
+    surely_belongs,
+    sweep,
+    to_member,
+)
 from proctree.protocol import STEPS
 from proctree.records import Member, Usage
 from proctree.worker import Worker
@@ -47,22 +54,6 @@ TRACER_PAUSE_FIRST = 0.05
 TRACER_PAUSE_LAST = 2.0
 """Seconds until a zombie that is held by its tracer (ptrace(2)) is looked at again, ever less
 often: its pidfd says that it has ended, and nothing says that it can be reaped."""
-
-# ioctl_pidfd(2): the exit status of a process that somebody else has reaped, since Linux 6.15.
-PIDFD_GET_INFO = 0xC0000000 | (64 << 16) | (0xFF << 8) | 11
-PIDFD_INFO_EXIT = 1 << 3
-_PIDFD_INFO = struct.Struct("=QQ11Ii")
-
-
-def status_from_pidfd(pidfd: int) -> int | None:
-    """The wait status of an ended process by its pidfd, whoever reaped it; None if not known."""
-    request = bytearray(_PIDFD_INFO.pack(PIDFD_INFO_EXIT, *[0] * 13))
-    try:
-        fcntl.ioctl(pidfd, PIDFD_GET_INFO, request)
-    except OSError:
-        return None
-    values = _PIDFD_INFO.unpack(request)
-    return values[-1] if values[0] & PIDFD_INFO_EXIT else None
 
 
 class GroupContained(Contained):
@@ -512,6 +503,20 @@ class GroupContained(Contained):
 
     def root(self) -> int | None:
         return None if self._reaped else self.pid
+
+    def has_member(self, pid: int) -> bool:
+        """By the marks (see sweep.py). One that is in the middle of an execve(2) and bears no other
+        than its environment, which it has not yet, is taken for a stranger."""
+        if self._main_pidfd < 0:
+            return False
+        if pid == self.root():
+            return proof.holds_number(self._main_pidfd)
+        stat = proof.read_stat(pid)
+        search = self._search()
+        root_held = proof.holds_number(self._main_pidfd)
+        member = stat is not None and surely_belongs(search, stat, root_held=root_held)
+        # Behind the look: what descends from a number that is somebody else's is no member.
+        return member and (not root_held or proof.holds_number(self._main_pidfd))
 
     def close(self) -> None:
         self._closed = True

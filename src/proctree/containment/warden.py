@@ -30,7 +30,7 @@ from proctree.errors import ContainmentUnavailable, errno_name, start_error, ste
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
 from proctree.policy import KillPolicy, Scope, Stage
-from proctree.process import fds
+from proctree.process import fds, proof
 from proctree.protocol import Message, ProtocolError, RawMember, Type
 from proctree.records import Member, Reason, Usage
 
@@ -588,6 +588,11 @@ class WardenContained(Contained):
 
     def root(self) -> int | None:
         return None if self._warden < 0 or self._reaped else self._warden
+
+    def has_member(self, pid: int) -> bool:
+        root = self.root()
+        # Behind the look: a warden that was not reaped then had its number all the time.
+        return root is not None and proof.is_below(pid, root) and proof.holds_number(self._pidfd)
 
     def close(self) -> None:
         self._owner = NOBODY

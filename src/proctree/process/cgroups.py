@@ -280,6 +280,16 @@ def pids_in(path: str) -> list[int]:
     return list(_members(path))
 
 
+def holds(path: str, pid: int) -> bool:
+    """Whether the process is in the cgroup `path`, or below it."""
+    try:
+        own = parse_own(_read(f"/proc/{pid}/cgroup"))
+        found = None if own is None else resolve(parse_mounts(_read("/proc/self/mountinfo")), own)
+    except OSError:
+        return False
+    return found is not None and (found[0] == path or found[0].startswith(path + "/"))
+
+
 _GONE = (errno.ENOENT, errno.ENODEV)
 AGAIN_SECONDS = 0.02
 """After which what failed for want of descriptors or memory is tried again."""

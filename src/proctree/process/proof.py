@@ -53,7 +53,7 @@ def parse_stat(data: bytes) -> Stat | None:
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 
-def _pass_shortage(error: OSError) -> None:
+def pass_shortage(error: OSError) -> None:
     """A want of descriptors or memory of ours says nothing about a process: one that lives must not
     look as if it were gone."""
     if error.errno in _SHORTAGES:
@@ -70,7 +70,7 @@ def read_stat(pid: int) -> Stat | None:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             return parse_stat(file.read())
     except OSError as error:
-        _pass_shortage(error)
+        pass_shortage(error)
         return None
 
 
@@ -96,7 +96,7 @@ def read_environ(pid: int) -> bytes | None:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return file.read()
     except OSError as error:
-        _pass_shortage(error)
+        pass_shortage(error)
         return None
 
 
@@ -118,7 +118,7 @@ def open_pidfd(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)
     except OSError as error:
-        _pass_shortage(error)
+        pass_shortage(error)
         return None
 
 

@@ -96,6 +96,14 @@ def belongs(search: Search, stat: Stat, *, root_held: bool) -> bool:
     return _bears_mark(search, stat)
 
 
+def surely_belongs(search: Search, stat: Stat, *, root_held: bool) -> bool:
+    """As `belongs`, for those who cannot wait: what cannot be said right now is False."""
+    try:
+        return belongs(search, stat, root_held=root_held)
+    except _Undecided:
+        return False
+
+
 EXEC_LOOKS = 5
 EXEC_PAUSE = 0.002
 """How often, and after how many seconds, a process that has no environment is looked at again:
