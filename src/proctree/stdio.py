@@ -153,6 +153,7 @@ class Streams:
         self._window = to_window(pty)
         if self._window is not None:
             self._check_terminal()
+        self.taps: list[Callable[[str, bytes], None]] = []
         self.terminal: Terminal | None = None
         self._terminal_fd: int | None = None
         self._child_ends: list[int] = []
@@ -282,8 +283,18 @@ class Streams:
             self._captures[name] = CaptureSink(limit)
             return self._captures[name]
         deliver, finish = self._delivery(name, wanted, tree)
+        if self.taps:
+            deliver = self._tapped(name, deliver)
         # The stream is made after its sink, so that the sink looks it up when it needs it.
         return CallbackSink(tree.worker, deliver, finish, lambda: self._resume(name))
+
+    def _tapped(self, name: str, deliver: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        def deliver_tapped(data: bytes) -> None:
+            for tap in self.taps:
+                tap(name, data)
+            deliver(data)
+
+        return deliver_tapped
 
     def _resume(self, name: str) -> None:
         stream = self._streams.get(name)

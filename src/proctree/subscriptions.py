@@ -118,11 +118,10 @@ def subscribe(callback: Callable[[Any], object], *kinds: type) -> Subscription:
 def publish(event: Any) -> None:
     """Tells the log and all subscribers. Never blocks but for the host's log processors."""
     level, name = LOGGED[type(event)]
-    if level == "debug":
-        if events.wanted():
-            events.debug(name, **transitions.fields(event))
-    else:
-        events.warning(name, **transitions.fields(event))
+    if level != "debug":
+        getattr(events, level)(name, **transitions.fields(event))
+    elif events.wanted():
+        events.debug(name, **transitions.fields(event))
     for subscription in _subscriptions:
         subscription.offer(event)
 

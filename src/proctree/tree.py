@@ -82,7 +82,8 @@ class Tree:
         self.when_stopped: list[Callable[[int], None]] = []
         """Called on the loop's thread when the main process of a foreground job was stopped."""
         self.observers: list[Callable[[Any], None]] = []
-        """Called on the loop's thread with every event of this tree, before anybody else."""
+        """Called on the loop's thread with every event of this tree, after it was published: what
+        comes of it is told after it."""
         self.start_error: Exception | None = None
         self._streams = streams
         self._channel = channel
@@ -157,11 +158,19 @@ class Tree:
     def signal(self, stage: Stage) -> None:
         self._loop.post(lambda: self._signal(stage))
 
-    def extend(self, seconds: float) -> None:
-        """On the loop: the stage under way, if it is not the last one, is not over sooner."""
+    def tap(self, function: Callable[[str, bytes], None]) -> None:
+        """Before the launch: `function` gets the name of the stream and a piece of it, before it is
+        delivered, on the tree's worker; of the streams that are delivered to callbacks."""
+        self._streams.taps.append(function)
+
+    def extend(self, seconds: float) -> float:
+        """On the loop: the stage under way, if it is not the last one, is not over sooner than so
+        many seconds from now. Returns how much that is more."""
         left = self._stage_left()
-        if self.life.may_extend and left is not None and left < seconds:
-            self._arm_stage(seconds)
+        if not self.life.may_extend or left is None or left >= seconds:
+            return 0.0
+        self._arm_stage(seconds)
+        return seconds - left
 
     def set_frozen(self, frozen: bool) -> None:
         self._loop.post(lambda: self._freeze(frozen))
@@ -285,9 +294,9 @@ class Tree:
 
     def _emit(self, kind: Callable[..., Any], *values: Any) -> None:
         event = kind(self.tree_id, *values, transitions.now())
+        subscriptions.publish(event)
         for observer in tuple(self.observers):
             self._guard(partial(observer, event), "observer")
-        subscriptions.publish(event)
 
     def stream_ended(self) -> None:
         self.happened(Event.STREAM_ENDED)

@@ -1,0 +1,55 @@
+"""How a supervisor says that it could not do its work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proctree.errors import ProctreeError
+
+if TYPE_CHECKING:
+    from proctree.outcome import Outcome
+
+
+class ChildFailed(ProctreeError):
+    """A child made its supervisor give up.
+
+    Attributes:
+        supervisor, child: their names.
+        why: how the child ended last.
+        outcome: that of its last start; None when there was none.
+        lines: its last lines of output, if they went through the supervisor.
+    """
+
+    what = "failed"
+
+    def __init__(
+        self,
+        supervisor: str,
+        child: str,
+        why: str,
+        outcome: Outcome | None = None,
+        lines: tuple[str, ...] = (),
+    ) -> None:
+        text = f"supervisor {supervisor!r}: child {child!r} {self.what}: {why}"
+        if lines:
+            text += "\nits last lines:\n" + "\n".join(f"    {line}" for line in lines)
+        super().__init__(text)
+        self.supervisor = supervisor
+        self.child = child
+        self.why = why
+        self.outcome = outcome
+        self.lines = lines
+
+
+class StartFailed(ChildFailed):
+    """It could not be started, or ended before it was ready, when its supervisor started or when it
+    was added. What had been started has been stopped."""
+
+    what = "could not be started"
+
+
+class IntensityExceeded(ChildFailed):
+    """It had to be restarted more often than the supervisor's restart intensity allows. The other
+    children have been stopped."""
+
+    what = "was restarted too often"

@@ -1,0 +1,686 @@
+"""`Supervisor`: any number of trees, started in order, kept alive, and ended in reverse order."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, ClassVar, TypeVar
+
+import attrs
+
+from proctree import loop as _loop
+from proctree import subscriptions, transitions
+from proctree.errors import ProctreeError
+from proctree.latch import Latch
+from proctree.loop import Timer
+from proctree.outcome import Outcome
+from proctree.policy import KillPolicy, to_seconds
+from proctree.records import Reason
+from proctree.supervisor import happenings
+from proctree.supervisor.attempt import Attempt
+from proctree.supervisor.beating import BeatEvent, BeatFailed, Beating
+from proctree.supervisor.errors import ChildFailed, IntensityExceeded, StartFailed
+from proctree.supervisor.heartbeat import Beat
+from proctree.supervisor.notification import Notification
+from proctree.supervisor.plan import Action, Phase, Plan, Rules, Stage
+from proctree.supervisor.plan import Child as Planned
+from proctree.supervisor.probing import Probing
+from proctree.supervisor.readiness import Completed
+from proctree.supervisor.restarts import (
+    AutoShutdown,
+    Strategy,
+    one_of,
+    positive_seconds,
+)
+from proctree.supervisor.spec import ChildSpec
+from proctree.supervisor.tail import Tail
+
+STOP_TIMEOUT = 90.0
+"""Seconds; systemd's DefaultTimeoutStopSec."""
+
+EXIT_FAILED = 1
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class ChildInfo:
+    """A child at one moment.
+
+    Attributes:
+        name: of the child.
+        phase: where it is: `"down"`, `"starting"`, `"up"`, `"stopping"`, `"backoff"` or `"done"`.
+        pid, tree_id: of its present start, or the last one; None before the first.
+        status: what it said last by STATUS of sd_notify(3).
+        starts: how many times it was started.
+        restarts: how many of them because it had ended.
+        outcome: of its last start that has ended, or None.
+        lines: its last lines of output.
+    """
+
+    name: str
+    phase: Phase
+    pid: int | None
+    tree_id: str | None
+    status: str
+    starts: int
+    restarts: int
+    outcome: Outcome | None
+    lines: tuple[str, ...] = attrs.field(repr=False)
+
+
+class _Child:
+    """A child and its present start. Everything on the loop's thread."""
+
+    def __init__(self, supervisor: _Running, spec: ChildSpec) -> None:
+        self.spec = spec
+        self.tail = Tail(spec.tail)
+        self.attempt: Attempt | None = None
+        self.outcome: Outcome | None = None
+        self.starts = 0
+        self.unwanted = False
+        self.up: list[Callable[[Exception | None], None]] = []
+        """Who waits until it is ready, or will not be."""
+        self.gone: list[Callable[[], None]] = []
+        self._supervisor = supervisor
+        self._probing: Probing | None = None
+        if spec.ready is not None and not isinstance(spec.ready, Completed):
+            self._probing = Probing(
+                supervisor.loop, spec.ready, self._probed_ready, self._probed_not_ready
+            )
+        self._beating: Beating | None = None
+        if spec.heartbeat is not None:
+            self._beating = Beating(
+                supervisor.loop, spec.heartbeat, self._rejected, self._heart_failed, self._beat
+            )
+
+    def launch(self) -> None:
+        self.starts += 1
+        loop = self._supervisor.loop
+        self.attempt = Attempt(loop, self.spec, self.tail, self._probing, self)
+        self.attempt.launch()
+
+    @property
+    def _tree_id(self) -> str:
+        attempt = self.attempt
+        return "" if attempt is None or attempt.handle is None else attempt.handle.tree_id
+
+    def _tell(self, kind: Callable[..., Any], *values: Any) -> None:
+        self._supervisor.tell(kind, self.spec.name, self._tree_id, *values)
+
+    # -- what its start says
+
+    def launched(self, attempt: Attempt) -> None:
+        self._tell(happenings.ChildStarting, self.starts)
+
+    def began(self, attempt: Attempt) -> None:
+        if self._beating is not None and attempt.handle is not None:
+            handle = attempt.handle
+            self._beating.start(Beat(self.spec.name, handle.tree_id, handle.pid))
+
+    def became_ready(self, attempt: Attempt) -> None:
+        assert attempt.handle is not None
+        seconds = self._supervisor.now() - attempt.launched_at
+        self._tell(happenings.ChildReady, attempt.handle.pid, seconds)
+        self._supervisor.ready(self)
+
+    def said(self, attempt: Attempt, notification: Notification) -> None:
+        if notification.status is not None:
+            self._tell(happenings.ChildStatus, attempt.status)
+        if notification.reloading:
+            self._tell(happenings.ChildReloading)
+
+    def ended(self, attempt: Attempt) -> None:
+        if self._beating is not None:
+            self._beating.stop()
+        self.outcome = attempt.outcome
+        outcome = attempt.outcome
+        self._tell(
+            happenings.ChildEnded,
+            Reason.EXEC_FAILED if outcome is None else outcome.reason,
+            attempt.why if outcome is None else outcome.detail,
+            None if outcome is None else outcome.returncode,
+            attempt.failed,
+        )
+        self._supervisor.ended(self)
+
+    def _probed_ready(self) -> None:
+        assert self.attempt is not None
+        self.attempt.become_ready()
+
+    def _probed_not_ready(self, why: str) -> None:
+        assert self.attempt is not None
+        self.attempt.not_ready(why)
+
+    def _beat(self, event: BeatEvent) -> None:
+        if isinstance(event, BeatFailed):
+            self._tell(happenings.HeartbeatMissed, event.in_a_row, event.allowed, event.error)
+
+    def _rejected(self, detail: str) -> None:
+        self.unwanted = True
+        self._end(Reason.HEARTBEAT_REJECTED, detail)
+
+    def _heart_failed(self, detail: str) -> None:
+        self._end(Reason.HEARTBEAT_FAILED, detail)
+
+    def _end(self, reason: Reason, detail: str) -> None:
+        assert self.attempt is not None
+        self.attempt.end(reason, detail)
+
+    def info(self, planned: Planned) -> ChildInfo:
+        attempt = self.attempt
+        handle = None if attempt is None else attempt.handle
+        return ChildInfo(
+            name=self.spec.name,
+            phase=planned.phase,
+            pid=None if handle is None else handle.pid,
+            tree_id=None if handle is None else handle.tree_id,
+            status="" if attempt is None else attempt.status,
+            starts=self.starts,
+            restarts=planned.restarts,
+            outcome=self.outcome,
+            lines=self.tail.lines(),
+        )
+
+
+class _Running:
+    """The plan, bound to the loop and to the children. Everything on the loop's thread."""
+
+    def __init__(self, name: str, rules: Rules, stop_timeout: float) -> None:
+        self.name = name
+        self.loop = _loop.get()
+        self.plan = Plan(rules)
+        self.children: dict[str, _Child] = {}
+        self.failure: ChildFailed | None = None
+        self.up = Latch()
+        self.closed = Latch()
+        self._stop_timeout = stop_timeout
+        self._stop_why = ""
+        self._backoffs: dict[str, Timer] = {}
+        self._deadline: Timer | None = None
+        self._acting = False
+        self._actions: list[tuple[Action, Any]] = []
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def tell(self, kind: Callable[..., Any], *values: Any) -> None:
+        subscriptions.publish(kind(self.name, *values, transitions.now()))
+
+    def act(self, actions: list[tuple[Action, Any]]) -> None:
+        """Does what the plan asks for, in order: what comes of one action waits for the others."""
+        self._actions += actions
+        if self._acting:
+            return
+        self._acting = True
+        try:
+            while self._actions:
+                action, payload = self._actions.pop(0)
+                self._DO[action](self, payload)
+        finally:
+            self._acting = False
+
+    # -- what happens to children
+
+    def ready(self, child: _Child) -> None:
+        self.act(self.plan.ready(child.spec.name, self.now()))
+        self._release(child, None)
+
+    def ended(self, child: _Child) -> None:
+        attempt = child.attempt
+        assert attempt is not None
+        if not attempt.ready:
+            self._release(child, self._start_failed(child, attempt.why))
+        self.act(
+            self.plan.ended(
+                child.spec.name,
+                self.now(),
+                failed=attempt.failed,
+                why=attempt.why,
+                unwanted=child.unwanted,
+            )
+        )
+
+    def _start_failed(self, child: _Child, why: str) -> StartFailed:
+        return StartFailed(self.name, child.spec.name, why, child.outcome, child.tail.lines())
+
+    def _release(self, child: _Child, error: Exception | None) -> None:
+        waiting, child.up = child.up, []
+        for resolve in waiting:
+            resolve(error)
+
+    # -- what is to be done
+
+    def _launch(self, planned: Planned) -> None:
+        self.children[planned.name].launch()
+
+    def _stop(self, planned: Planned) -> None:
+        self._end(planned, None)
+
+    def _stop_now(self, planned: Planned) -> None:
+        self._end(planned, KillPolicy.now())
+
+    def _end(self, planned: Planned, policy: KillPolicy | None) -> None:
+        child = self.children[planned.name]
+        assert child.attempt is not None
+        child._tell(happenings.ChildStopping)
+        child.attempt.stop(self._stop_why or "stopped by its supervisor", policy)
+
+    def _arm_backoff(self, payload: tuple[Planned, float]) -> None:
+        planned, delay = payload
+        child = self.children[planned.name]
+        assert child.attempt is not None
+        why = child.attempt.why
+        self.tell(happenings.ChildRestarting, planned.name, planned.restarts, delay, why)
+        due = lambda: self.act(self.plan.backoff_due(planned.name))  # noqa: E731
+        self._backoffs[planned.name] = self.loop.call_later(delay, due)
+
+    def _disarm_backoff(self, planned: Planned) -> None:
+        self._backoffs.pop(planned.name).cancel()
+
+    def _forget(self, planned: Planned) -> None:
+        child = self.children.pop(planned.name)
+        self._backoffs.pop(planned.name, None)
+        self._release(child, self._start_failed(child, "it was removed"))
+        for resolve in child.gone:
+            resolve()
+
+    def _done(self, planned: Planned) -> None:
+        child = self.children[planned.name]
+        self._release(child, self._start_failed(child, "its supervisor stops"))
+        self.tell(happenings.ChildDone, planned.name)
+
+    def _started(self, _nothing: None) -> None:
+        self.tell(happenings.SupervisorStarted, len(self.children))
+        self.up.set()
+
+    def _give_up(self, payload: tuple[Planned, str]) -> None:
+        planned, why = payload
+        child = self.children[planned.name]
+        starting = not self.up.is_set()
+        if not starting:
+            rules = self.plan.rules
+            why = f"more than {rules.restarts} restarts within {rules.period:g} s; last, {why}"
+        kind = StartFailed if starting else IntensityExceeded
+        lines = child.tail.lines()
+        self.failure = kind(self.name, planned.name, why, child.outcome, lines)
+        self.tell(happenings.SupervisorGaveUp, planned.name, why, lines)
+        self.tell(happenings.ChildDone, planned.name)
+
+    def _stopping(self, why: str) -> None:
+        self._stop_why = f"its supervisor stops: {why}" if why else ""
+        self.tell(happenings.SupervisorStopping, why)
+        self._deadline = self.loop.call_later(self._stop_timeout, self._hurry)
+
+    def _hurry(self) -> None:
+        self.act(self.plan.hurry())
+
+    def _finished(self, _nothing: None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self.tell(happenings.SupervisorStopped)
+        self.closed.set()
+        self.up.set()
+
+    _DO: ClassVar[dict[Action, Callable[[_Running, Any], None]]] = {
+        Action.LAUNCH: _launch,
+        Action.STOP: _stop,
+        Action.STOP_NOW: _stop_now,
+        Action.ARM_BACKOFF: _arm_backoff,
+        Action.DISARM_BACKOFF: _disarm_backoff,
+        Action.FORGET: _forget,
+        Action.DONE: _done,
+        Action.STARTED: _started,
+        Action.GIVE_UP: _give_up,
+        Action.STOPPING: _stopping,
+        Action.FINISHED: _finished,
+    }
+
+
+class Supervisor:
+    """Keeps any number of trees alive.
+
+    Children are started in the order given, each when the one before it is ready, and stopped in
+    reverse order. One that ends is started again by its restart policy, after a while, and with the
+    others that the strategy names. When that happens too often the supervisor gives up: it stops
+    all children, in order, and says which one it was, why, and what that one said last.
+
+    As the whole of a program::
+
+        sys.exit(Supervisor([ChildSpec("web", ["./web"], ready=Tcp(8000)), ...]).main())
+
+    or as a part of one: `with Supervisor(...) as supervisor: ...`. Every method may be called from
+    any thread, from subscribers and from callbacks.
+
+    Args:
+        children: `ChildSpec`s, in the order of their start.
+        name: for events and messages. Default "supervisor".
+        strategy: `"one-for-one"` (default), `"one-for-all"` or `"rest-for-one"`.
+        restarts, period: the restart intensity: more than `restarts` restarts of its children
+            within `period` seconds are too many. Default 5 in 10 s, systemd's start limit; None:
+            no limit.
+        auto_shutdown: whether it ends by itself: when all children have ended for good (`"all"`,
+            default), when one has (`"any"`), or `"never"`.
+        stop_timeout: seconds that the whole shutdown may take; what is still there then is ended
+            by SIGKILL at once. Default 90.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; two children of the same name.
+    """
+
+    def __init__(
+        self,
+        children: Iterable[ChildSpec] = (),
+        *,
+        name: str = "supervisor",
+        strategy: str = Strategy.ONE_FOR_ONE,
+        restarts: int | None = 5,
+        period: float = 10.0,
+        auto_shutdown: str = AutoShutdown.ALL,
+        stop_timeout: float = STOP_TIMEOUT,
+    ) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"name: a string, not {name!r}")
+        if isinstance(restarts, bool) or not isinstance(restarts, (int, type(None))):
+            raise TypeError(f"restarts: a number or None, not {restarts!r}")
+        if restarts is not None and restarts < 0:
+            raise ValueError(f"restarts: {restarts} is below 0")
+        rules = Rules(
+            strategy=one_of(Strategy, strategy, "strategy"),
+            restarts=restarts,
+            period=positive_seconds(period, "period"),
+            auto_shutdown=one_of(AutoShutdown, auto_shutdown, "auto_shutdown"),
+        )
+        specs = [_to_spec(spec) for spec in children]
+        names = [spec.name for spec in specs]
+        for spec_name in names:
+            if names.count(spec_name) > 1:
+                raise ValueError(f"name: there are two children called {spec_name!r}")
+        self._running = _Running(name, rules, to_seconds(stop_timeout, "stop_timeout"))
+        for spec in specs:
+            self._insert(spec)
+        self._begun = False
+        self._asked = False
+        self._lock = threading.Lock()
+
+    def _insert(self, spec: ChildSpec) -> _Child:
+        running = self._running
+        child = running.children[spec.name] = _Child(running, spec)
+        running.act(running.plan.add(spec.name, spec.restart, spec.backoff))
+        return child
+
+    @property
+    def name(self) -> str:
+        return self._running.name
+
+    # -- beginning
+
+    def start(self) -> None:
+        """Starts all children and returns when all are ready.
+
+        Raises:
+            StartFailed: one could not be started, or ended before it was ready. Those that had been
+                started have been stopped.
+            ProctreeError: it was started before.
+        """
+        with self._lock:
+            if self._begun:
+                raise ProctreeError(f"supervisor {self.name!r} was started before")
+            self._begun = True
+        running = self._running
+        try:
+            running.loop.post(lambda: running.act(running.plan.begin()))
+            running.up.wait()
+        except BaseException:
+            self._end_quietly()
+            raise
+        if isinstance(running.failure, StartFailed):
+            self._wait_out()
+            raise running.failure
+
+    def run(self) -> None:
+        """`start`, and `wait` until it ends: by itself, by `stop`, or by SIGTERM or SIGINT, of
+        which the first stops the children in order and a second ends them at once. The signals are
+        taken only when this is called on the main thread, and given back afterwards.
+
+        Raises:
+            StartFailed: as `start`.
+            IntensityExceeded: it gave up.
+            ProctreeError: it was started before.
+        """
+        with self._signals():
+            self.start()
+            self.wait()
+
+    def main(self) -> int:
+        """`run` for a program that does nothing else.
+
+        Returns:
+            The exit status: 0 when it was stopped or has ended by itself; 1 when it gave up, and
+            then standard error says why.
+        """
+        try:
+            self.run()
+        except ChildFailed as failure:
+            print(f"proctree: {failure}", file=sys.stderr)
+            return EXIT_FAILED
+        return 0
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(signo: int, _frame: FrameType | None) -> None:
+            if self._asked:
+                self.stop_now()
+            else:
+                self._asked = True
+                self._shut_down(f"got {signal.Signals(signo).name}")
+
+        self._asked = False
+        before = {signo: signal.getsignal(signo) for signo in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for signo, handler in before.items():
+                # nohup(1) and shells have them ignored for jobs in the background: so it stays.
+                if handler is not signal.SIG_IGN:
+                    signal.signal(signo, end)
+            yield
+        finally:
+            for signo, handler in before.items():
+                if handler is not signal.SIG_IGN:
+                    signal.signal(signo, handler)
+
+    # -- while it runs
+
+    def add(self, spec: ChildSpec, *, wait: bool = True) -> None:
+        """One more child, the last in order.
+
+        Args:
+            spec: the child.
+            wait: return when it is ready. Otherwise at once.
+
+        Raises:
+            ValueError: there is a child of that name.
+            StartFailed: with `wait`: it ended before it was ready, or was removed; its restart
+                policy goes on all the same.
+            ProctreeError: the supervisor stops, or has stopped.
+        """
+        _to_spec(spec)
+        done = Latch()
+        errors: list[Exception] = []
+
+        def resolve(error: Exception | None) -> None:
+            if error is not None:
+                errors.append(error)
+            done.set()
+
+        def insert() -> None:
+            if spec.name in self._running.children:
+                raise ValueError(f"name: there is a child called {spec.name!r}")
+            if not self._running.plan.accepts:
+                raise ProctreeError(f"supervisor {self.name!r} is stopping: nothing can be added")
+            starts = self._running.plan.stage is not Stage.NEW
+            child = self._insert(spec)
+            if not wait or not starts or (child.attempt is not None and child.attempt.ready):
+                done.set()
+            else:
+                child.up.append(resolve)
+
+        self._ask(insert)
+        done.wait()
+        if errors:
+            raise errors[0]
+
+    def remove(self, name: str, *, wait: bool = True) -> None:
+        """Stops a child and forgets it.
+
+        Args:
+            name: of the child.
+            wait: return when nothing of it runs any more. Otherwise at once.
+
+        Raises:
+            KeyError: there is no such child.
+        """
+        done = Latch()
+
+        def remove() -> None:
+            running = self._running
+            running.children[name].gone.append(done.set)
+            running.act(running.plan.remove(name))
+
+        self._ask(remove)
+        if wait:
+            done.wait()
+
+    def restart(self, name: str) -> None:
+        """Stops a child if it runs, and starts it at once; returns before that is done. The restart
+        intensity does not count it.
+
+        Raises:
+            KeyError: there is no such child.
+        """
+        self._ask(lambda: self._running.act(self._running.plan.restart(name)))
+
+    def children(self) -> tuple[ChildInfo, ...]:
+        """All children as they are now, in the order of their start."""
+        running = self._running
+        return self._ask(
+            lambda: tuple(
+                child.info(running.plan.children[name]) for name, child in running.children.items()
+            )
+        )
+
+    def child(self, name: str) -> ChildInfo:
+        """One child as it is now.
+
+        Raises:
+            KeyError: there is no such child.
+        """
+        running = self._running
+        return self._ask(lambda: running.children[name].info(running.plan.children[name]))
+
+    def _ask(self, function: Callable[[], T]) -> T:
+        """Calls it on the loop's thread, where nothing else changes meanwhile."""
+        done = Latch()
+        results: list[T] = []
+        errors: list[Exception] = []
+
+        def call() -> None:
+            try:
+                results.append(function())
+            except Exception as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._running.loop.post(call)
+        done.wait()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    # -- ending
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Asks for the shutdown, in reverse order, and returns at once; `wait` waits for it. May be
+        called in a signal handler.
+
+        Args:
+            reason: for people.
+        """
+        self._shut_down(reason)
+
+    def _shut_down(self, why: str) -> None:
+        running = self._running
+        running.loop.post(lambda: running.act(running.plan.shutdown(why)))
+
+    def stop_now(self) -> None:
+        """Asks for the end of all children at once, by SIGKILL, and returns. May be called in a
+        signal handler, and while `stop` is under way."""
+        self._running.loop.post(self._running._hurry)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until no child runs any more and none will be started.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            Whether that has come; False when the time ran out first.
+
+        Raises:
+            IntensityExceeded, StartFailed: it gave up.
+        """
+        seconds = None if timeout is None else to_seconds(timeout, "timeout")
+        ended = self._running.closed.wait(seconds)
+        if ended and self._running.failure is not None:
+            raise self._running.failure
+        return ended
+
+    def __enter__(self) -> Supervisor:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Stops all children and waits for the end; raises `IntensityExceeded` if it had given up
+        and nothing else is being raised."""
+        self.stop("left the with block")
+        self._wait_out()
+        if kind is None and self._running.failure is not None:
+            raise self._running.failure
+
+    def _wait_out(self) -> None:
+        """An impatient interrupt makes the end come at once, and then goes on."""
+        try:
+            self._running.closed.wait()
+        except BaseException:
+            self.stop_now()
+            self._running.closed.wait()
+            raise
+
+    def _end_quietly(self) -> None:
+        self.stop("interrupted")
+        with contextlib.suppress(BaseException):
+            self._wait_out()
+
+    def __repr__(self) -> str:
+        running = self._running
+        return f"<Supervisor {self.name!r} {running.plan.stage}, {len(running.children)} children>"
+
+
+def _to_spec(value: Any) -> ChildSpec:
+    if not isinstance(value, ChildSpec):
+        raise TypeError(f"children: a ChildSpec, not {value!r}")
+    return value
