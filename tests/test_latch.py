@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -139,7 +138,7 @@ def test_a_handler_sets_in_the_middle_of_set():
 def test_race_set_comes_just_before_the_waiter_is_in_the_queue():
     latch = Latch()
 
-    class Queue(deque):  # type: ignore[type-arg]
+    class Queue(list):  # type: ignore[type-arg]
         def append(self, gate: object) -> None:
             latch.set()
             super().append(gate)

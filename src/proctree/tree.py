@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -91,11 +90,11 @@ class Tree:
         self._loop: Loop
         self.life = Lifecycle(policy, leftovers, streams.outputs, drain_timeout)
         # Taking the token is one atomic step, so that only one launch wins.
-        self._token: deque[object] = deque([object()])
+        self._token = [object()]
         self._made = False
         self._defective = False
         self._deferred: list[Stage] = []
-        self._queue: deque[tuple[Event, dict[str, Any]]] = deque()
+        self._queue: list[tuple[Event, dict[str, Any]]] = []
         self._handling = False
         self._told_stopping = False
         self._stage_timer: Timer | None = None
@@ -236,7 +235,7 @@ class Tree:
         self._handling = True
         try:
             while self._queue:
-                event, payload = self._queue.popleft()
+                event, payload = self._queue.pop(0)
                 self._note(event, payload)
                 before = self.life.state
                 actions = self.life.handle(event, **payload)
