@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from proctree.policy import to_seconds
+from proctree.supervisor.fields import by, to_limit, to_period
 
 
 class Restart(enum.StrEnum):
@@ -62,32 +63,20 @@ def one_of(kind: type[enum.StrEnum], value: Any, argument: str) -> Any:
         raise ValueError(f"{argument}: {value!r} is none of {names}") from None
 
 
-def positive_seconds(value: float, argument: str) -> float:
-    """A duration above 0.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    seconds = to_seconds(value, argument)
-    if seconds == 0:
-        raise ValueError(f"{argument}: must be above 0 seconds")
-    return seconds
+def _to_base(value: Any) -> float:
+    """0 is allowed: a start at once."""
+    base = to_seconds(value, "base")
+    if math.isinf(base):
+        raise ValueError("base: must be finite")
+    return base
 
 
-def _seconds(_instance: object, attribute: Any, value: Any) -> None:
-    positive_seconds(value, attribute.name)
-
-
-def _finite(_instance: object, attribute: Any, value: Any) -> None:
-    if math.isinf(to_seconds(value, attribute.name)):
-        raise ValueError(f"{attribute.name}: must be finite")
-
-
-def _factor(_instance: object, attribute: Any, value: Any) -> None:
+def _to_factor(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{attribute.name}: a number, not {value!r}")
+        raise TypeError(f"factor: a number, not {value!r}")
     if not 1 <= value < math.inf:
-        raise ValueError(f"{attribute.name}: at least 1, not {value}")
+        raise ValueError(f"factor: at least 1, not {value}")
+    return float(value)
 
 
 @attrs.frozen
@@ -97,7 +86,7 @@ class Backoff:
     more than `cap`: children that failed together do not come back together.
 
     Args:
-        base: seconds. Default 0.1, systemd's RestartSec.
+        base: seconds; 0 starts it again at once. Default 0.1, systemd's RestartSec.
         cap: seconds. Default 60.
         factor: default 2.
         reset: a child that was up for so many seconds begins again with `base`. Default 60.
@@ -106,10 +95,10 @@ class Backoff:
         TypeError, ValueError: naming the field.
     """
 
-    base: float = attrs.field(default=0.1, validator=_finite)
-    cap: float = attrs.field(default=60.0, validator=_finite)
-    factor: float = attrs.field(default=2.0, validator=_factor)
-    reset: float = attrs.field(default=60.0, validator=_seconds)
+    base: float = attrs.field(default=0.1, converter=_to_base)
+    cap: float = attrs.field(default=60.0, converter=by(to_period, "cap"))
+    factor: float = attrs.field(default=2.0, converter=_to_factor)
+    reset: float = attrs.field(default=60.0, converter=by(to_limit, "reset"))
 
     def delay(self, failures: int, random: Callable[[], float]) -> float:
         """Seconds before the start that follows the `failures`-th end in a row."""

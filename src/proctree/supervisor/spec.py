@@ -9,9 +9,10 @@ import attrs
 
 from proctree.command import Target, to_flag
 from proctree.stdio import Stdio
+from proctree.supervisor.fields import to_limit, to_period
 from proctree.supervisor.heartbeat import Heartbeat
 from proctree.supervisor.readiness import Notified, OutputLine, Readiness
-from proctree.supervisor.restarts import Backoff, Restart, one_of, positive_seconds
+from proctree.supervisor.restarts import Backoff, Restart, one_of
 from proctree.watched import WatchedSubprocess
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ class ChildSpec:
             backoff=_to_kind(Backoff, backoff, "backoff", "a Backoff") or Backoff(),
             ready=ready,
             heartbeat=_to_kind(Heartbeat, heartbeat, "heartbeat", "a Heartbeat"),
-            watchdog=None if watchdog is None else positive_seconds(watchdog, "watchdog"),
+            watchdog=None if watchdog is None else to_period(watchdog, "watchdog"),
             notify=wanted if notify is None else to_flag(notify, "notify"),
-            extension=positive_seconds(extension, "extension"),
+            extension=to_limit(extension, "extension"),
             tail=_to_tail(tail),
             options={"stdin": Stdio.DEVNULL, **options},
         )

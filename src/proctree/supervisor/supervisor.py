@@ -25,6 +25,7 @@ from proctree.supervisor import happenings
 from proctree.supervisor.attempt import Attempt
 from proctree.supervisor.beating import BeatEvent, BeatFailed, Beating
 from proctree.supervisor.errors import ChildFailed, IntensityExceeded, StartFailed
+from proctree.supervisor.fields import to_period
 from proctree.supervisor.heartbeat import Beat
 from proctree.supervisor.notification import Notification
 from proctree.supervisor.plan import Action, Phase, Plan, Rules, Stage
@@ -35,7 +36,6 @@ from proctree.supervisor.restarts import (
     AutoShutdown,
     Strategy,
     one_of,
-    positive_seconds,
 )
 from proctree.supervisor.spec import ChildSpec
 from proctree.supervisor.tail import Tail
@@ -393,7 +393,7 @@ class Supervisor:
         rules = Rules(
             strategy=one_of(Strategy, strategy, "strategy"),
             restarts=restarts,
-            period=positive_seconds(period, "period"),
+            period=to_period(period, "period"),
             auto_shutdown=one_of(AutoShutdown, auto_shutdown, "auto_shutdown"),
         )
         specs = [_to_spec(spec) for spec in children]
