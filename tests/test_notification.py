@@ -134,7 +134,7 @@ def test_a_first_one_that_is_refused_is_not_replaced_by_the_next():
         (b"MAINPID=+7", "MAINPID"),
         (b"MAINPID=0x7", "MAINPID"),
         (b"MAINPID=7_0", "MAINPID"),
-        ("MAINPID=\u0667".encode(), "MAINPID"),
+        ("MAINPID=\N{ARABIC-INDIC DIGIT SEVEN}".encode(), "MAINPID"),
         (b"MAINPID=%d" % (PID_MAX + 1), "MAINPID"),
         (b"MAINPID=" + b"0" * 21, "MAINPID"),
         (b"WATCHDOG_USEC=1.5", "WATCHDOG_USEC"),
