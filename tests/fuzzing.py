@@ -203,6 +203,11 @@ STREAM = b"".join(map(framed, BODIES))
 HUGE = framed(b"\x92\xcd\x12\x34" + b"\xc0" * 40, 2**32 - 1)
 OVER = framed(b"\x92\x07" + b"\xc0" * 5000) + framed(ASK)
 
+TOLD = (
+    b"READY=1\nSTATUS=up \xc3\xa4\x1b[m\nMAINPID=4711\nWATCHDOG=1\nWATCHDOG_USEC=2500000\n"
+    b"EXTEND_TIMEOUT_USEC=9\nERRNO=ENOENT\nEXIT_STATUS=7\nBUSERROR=a.b\nMONOTONIC_USEC=5"
+)
+
 PYTHON_SEEDS = {
     "channel_frames": [
         *(bytes([step]) + STREAM for step in (0, 1, 6, 255)),
@@ -215,6 +220,16 @@ PYTHON_SEEDS = {
         *(bytes([how, 3]) + data for how in (0, 4, 7) for data in (HUGE, OVER)),
         *(b"\xf0\0" + nonce for nonce in (b"", b"n" * 16, b"n" * 17, b"n" * 3000)),
     ],
+    "notification": [
+        TOLD,
+        TOLD.replace(b"\n", b"\r\n") + b"\0",
+        *TOLD.split(b"\n"),
+        *(b"STOPPING=1\nREADY=1", b"RELOADING=1", b"BARRIER=1", b"WATCHDOG=trigger", b"FDSTORE=1"),
+        *(b"MAINPID=0", b"ERRNO=4096", b"WATCHDOG_USEC=18446744073709551615", b"STATUS=\xff\x85"),
+        b"STATUS=" + b"x" * 4089,
+        b"BARRIER=1\nX=1",
+        b"",
+    ],
 }
 """Of the targets in Python, which atheris runs."""
 
@@ -224,6 +239,7 @@ LARGEST = {
     "channel_frames": 1200,
     "channel_served": 6000,
     "children": 9000,
+    "notification": 4200,
     "options": 1500,
     "request": 200,
     "stat": 600,

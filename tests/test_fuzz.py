@@ -87,7 +87,7 @@ def test_a_mistake_is_found(libfuzzer: None, target: str, tmp_path: Path) -> Non
 
 # -- The same in Python.
 
-PYTHON_RUNS = {"channel_frames": 8_000, "channel_served": 1_200}
+PYTHON_RUNS = {"channel_frames": 8_000, "channel_served": 1_200, "notification": 3_000}
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +122,32 @@ def test_nothing_breaks_what_is_in_python(atheris: None, target: str, tmp_path: 
 
 
 PYTHON_MISTAKES = {
-    "channel_frames": ("kept = min(length, HEAD) if length > max_frame else", "kept ="),
-    "channel_served": ("(msgspec.DecodeError, UnicodeDecodeError, ", "(msgspec.DecodeError, "),
+    "channel_frames": (
+        "channel/frames.py",
+        "kept = min(length, HEAD) if length > max_frame else",
+        "kept =",
+    ),
+    "channel_served": (
+        "channel/frames.py",
+        "(msgspec.DecodeError, UnicodeDecodeError, ",
+        "(msgspec.DecodeError, ",
+    ),
+    "notification": (
+        "supervisor/notification.py",
+        '.decode("ascii", "replace")',
+        '.decode("ascii")',
+    ),
 }
 
 
 @pytest.mark.parametrize("target", PYTHON_MISTAKES)
 def test_a_mistake_in_python_is_found(atheris: None, target: str, tmp_path: Path) -> None:
-    right, wrong = PYTHON_MISTAKES[target]
+    name, right, wrong = PYTHON_MISTAKES[target]
     shutil.copytree(Path(proctree.__file__).parent, tmp_path / "package" / "proctree")
-    frames = tmp_path / "package" / "proctree" / "channel" / "frames.py"
-    text = frames.read_text()
+    source = tmp_path / "package" / "proctree" / name
+    text = source.read_text()
     assert text.count(right) == 1
-    frames.write_text(text.replace(right, wrong))
+    source.write_text(text.replace(right, wrong))
     done = fuzz_python(target, tmp_path, tmp_path / "package")
     assert done.returncode != 0
     assert "Uncaught Python exception" in done.stdout + done.stderr
