@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from proctree.policy import to_seconds
-from proctree.supervisor.fields import by, to_limit, to_period
+from proctree.supervisor.fields import to_limit, to_period
 
 
 class Restart(enum.StrEnum):
@@ -71,6 +71,14 @@ def _to_base(value: Any) -> float:
     return base
 
 
+def _to_cap(value: Any) -> float:
+    return to_period(value, "cap")
+
+
+def _to_reset(value: Any) -> float:
+    return to_limit(value, "reset")
+
+
 def _to_factor(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"factor: a number, not {value!r}")
@@ -96,9 +104,9 @@ class Backoff:
     """
 
     base: float = attrs.field(default=0.1, converter=_to_base)
-    cap: float = attrs.field(default=60.0, converter=by(to_period, "cap"))
+    cap: float = attrs.field(default=60.0, converter=_to_cap)
     factor: float = attrs.field(default=2.0, converter=_to_factor)
-    reset: float = attrs.field(default=60.0, converter=by(to_limit, "reset"))
+    reset: float = attrs.field(default=60.0, converter=_to_reset)
 
     def delay(self, failures: int, random: Callable[[], float]) -> float:
         """Seconds before the start that follows the `failures`-th end in a row."""
