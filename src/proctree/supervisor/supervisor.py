@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -193,6 +194,7 @@ class _Running:
 
     def __init__(self, name: str, rules: Rules, stop_timeout: float) -> None:
         self.name = name
+        self.owner_pid = os.getpid()
         self.loop = _loop.get()
         self.plan = Plan(rules)
         self.children: dict[str, _Child] = {}
@@ -208,6 +210,27 @@ class _Running:
 
     def now(self) -> float:
         return time.monotonic()
+
+    def require_owner(self) -> None:
+        """A forked child holds a copy of us, but none of our trees, and no loop.
+
+        Raises:
+            ProctreeError: this is one.
+        """
+        if self.owner_pid != os.getpid():
+            raise ProctreeError(
+                f"supervisor {self.name!r} belongs to process {self.owner_pid}; this is process "
+                f"{os.getpid()}, a fork of it"
+            )
+
+    def post(self, function: Callable[[], None]) -> None:
+        """From any thread.
+
+        Raises:
+            ProctreeError: in a forked child.
+        """
+        self.require_owner()
+        self.loop.post(function)
 
     def tell(self, kind: Callable[..., Any], *values: Any) -> None:
         subscriptions.publish(kind(self.name, *values, transitions.now()))
@@ -434,7 +457,7 @@ class Supervisor:
             self._begun = True
         running = self._running
         try:
-            running.loop.post(lambda: running.act(running.plan.begin()))
+            running.post(lambda: running.act(running.plan.begin()))
             running.up.wait()
         except BaseException:
             self._end_quietly()
@@ -600,7 +623,7 @@ class Supervisor:
             finally:
                 done.set()
 
-        self._running.loop.post(call)
+        self._running.post(call)
         done.wait()
         if errors:
             raise errors[0]
@@ -619,12 +642,12 @@ class Supervisor:
 
     def _shut_down(self, why: str) -> None:
         running = self._running
-        running.loop.post(lambda: running.act(running.plan.shutdown(why)))
+        running.post(lambda: running.act(running.plan.shutdown(why)))
 
     def stop_now(self) -> None:
         """Asks for the end of all children at once, by SIGKILL, and returns. May be called in a
         signal handler, and while `stop` is under way."""
-        self._running.loop.post(self._running._hurry)
+        self._running.post(self._running._hurry)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until no child runs any more and none will be started.
@@ -639,6 +662,7 @@ class Supervisor:
             IntensityExceeded, StartFailed: it gave up.
         """
         seconds = None if timeout is None else to_seconds(timeout, "timeout")
+        self._running.require_owner()
         ended = self._running.closed.wait(seconds)
         if ended and self._running.failure is not None:
             raise self._running.failure
