@@ -6,10 +6,12 @@ import contextlib
 import errno
 import os
 import queue
+import select
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -132,6 +134,8 @@ class Gate:
         os.write(self.writer, b"x")
 
     def wait(self) -> None:
+        ready, _, _ = select.select([self.reader], [], [], DEADLINE)
+        assert ready
         assert os.read(self.reader, 1) == b"x"
 
     @property
@@ -394,6 +398,75 @@ def test_descriptors_are_closed(count: int) -> None:
         assert [refused.name for refused in told.refused] == ["FDSTORE"]
         assert tree.next() == Notification(status="closed")
     eventually(lambda: len(os.listdir("/proc/self/fd")) == before, "descriptors are closed")
+
+
+def send_what_lingers() -> socket.socket:
+    """A connection whose close waits for a peer that does not read. Returns the peer."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        ours = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    ours.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(b"x" * 65536)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30_000))
+    with ours, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(os.environ["NOTIFY_SOCKET"])
+        socket.send_fds(sock, [b"STATUS=lingers"], [ours.fileno()])
+    return peer
+
+
+def test_a_descriptor_that_cannot_be_closed_holds_up_nobody(gates: list[Gate]) -> None:
+    def work() -> None:
+        gates[1].wait()
+        peer = send_what_lingers()
+        gates[0].open()
+        gates[1].wait()
+        peer.close()
+        notify.ready()
+        pause()
+
+    def talk() -> None:
+        assert notify.ready()
+        assert notify.barrier(DEADLINE)
+        notify.stopping()
+        pause()
+
+    with Listener(work, pass_fds=all_of(gates)) as tree:
+        with held_loop():  # or the sender might be the last who closes it
+            gates[1].open()
+            gates[0].wait()
+        with Listener(talk) as other:
+            assert other.next().ready
+            assert other.next().stopping
+            assert tree.got.empty()
+        gates[1].open()
+        assert tree.next().status == "lingers"
+        assert tree.next().ready
+
+
+def test_nor_does_one_that_was_never_received(gates: list[Gate]) -> None:
+    def work() -> None:
+        gates[0].wait()
+        notify.ready()
+        _peer = send_what_lingers()
+        gates[1].open()
+        pause()
+
+    closed = threading.Event()
+
+    def close(_notification: Notification) -> None:
+        tree.socket.close()
+        closed.set()
+
+    with Listener(work, received=close, pass_fds=all_of(gates)) as tree:
+        with held_loop():
+            gates[0].open()
+            gates[1].wait()
+        assert closed.wait(DEADLINE)
+        assert on_loop(lambda: True)
 
 
 def test_what_was_refused_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,10 +8,12 @@ opened here; a number that changed hands before that is believed if it is now th
 A sender that has been reaped cannot be placed any more, and what it said is refused. That is why
 systemd-notify(1) and `proctree.notify.barrier` wait: sd_notify_barrier(3).
 
-Descriptors are not taken. The kernel drops those for which a receiver has no room, so that nothing
-of ours has to close what a stranger has opened, which may block (a file of a FUSE server that does
-not answer). A sender that waits at a barrier sees its descriptor closed when BARRIER=1 is received,
-and so after all that came before it was handled.
+Descriptors are not taken: the kernel drops those for which a receiver has no room. But the last
+copy of a file is closed by whoever drops it, and that may last as long as its sender likes: a
+connection with SO_LINGER (socket(7)) waits for a peer that does not read. So each message is looked
+at first (MSG_PEEK), and one that brings descriptors is received on a worker's thread, for which the
+messages behind it wait, and nobody else. A sender that waits at a barrier sees its descriptor
+closed then, and so after all that came before it was handled.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import socket
 import struct
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -36,6 +39,7 @@ from proctree.supervisor import notify_directory
 from proctree.supervisor.flood import Budget
 from proctree.supervisor.main_pid import MainPid
 from proctree.supervisor.notification import DATAGRAM_MAX, Notification, parse
+from proctree.worker import Worker
 
 TURN = 16
 """Messages of one tree that are read before others have their turn."""
@@ -117,6 +121,7 @@ class NotifySocket:
         self._waiting: _Message | None = None
         self._timer: Timer | None = None
         self._closed = False
+        self._worker = Worker()
         self._budget = Budget(RATE, BURST, monotonic())
         with fds.making(), step("notify socket"):
             self.path = notify_directory.get(reachable=reachable).next_path()
@@ -125,7 +130,7 @@ class NotifySocket:
         self._by_pidfd = _passes_pidfds(self._sock)
         _all.add(self)
         try:
-            loop.register(self._fd, READ, self._readable)
+            self._watch()
         except BaseException:
             self._give_back()
             raise
@@ -157,9 +162,10 @@ class NotifySocket:
         self._give_back()
 
     def _give_back(self) -> None:
-        fds.close(self._sock.detach())
+        """What was not received is dropped by whoever closes the socket: see the module."""
         with contextlib.suppress(OSError):
             os.unlink(self.path)
+        self._worker.post(lambda: fds.close(self._sock.detach()))
 
     def forget(self) -> None:
         """In a forked child, where the descriptor is closed already."""
@@ -167,39 +173,59 @@ class NotifySocket:
 
     # -- reading
 
+    def _watch(self) -> None:
+        self._loop.register(self._fd, READ, self._readable)
+
     def _readable(self, _mask: int) -> None:
         for _ in range(TURN):
-            message = self._receive()
-            if message is None:
+            seen = self._peek()
+            if seen is None:
                 return
-            room = self._budget.spend(monotonic())
-            if not self._take(message) or self._closed:
+            message, brings = seen
+            if brings:
+                self._loop.unregister(self._fd)
+                self._worker.post(partial(self._drop, message))
                 return
-            if not room:
-                self._log.warning("notify.flood", rate=RATE)
-                self._rest(PAUSE)
+            if self._by_pidfd:
+                message = message._replace(pidfd=self._receive_pidfd())
+            else:
+                self._sock.recvmsg(0, 0, socket.MSG_DONTWAIT)
+            if not self._go_through(message):
                 return
 
-    def _receive(self) -> _Message | None:
-        """Looks first: with descriptors on it, a message leaves no room for the pidfd, and they
-        would come in its place."""
+    def _peek(self) -> tuple[_Message, bool] | None:
+        """The next message, and whether there are descriptors with it; it stays where it is."""
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
                 DATAGRAM_MAX + 1, _CREDENTIALS, socket.MSG_PEEK | socket.MSG_DONTWAIT
             )
         except BlockingIOError:
             return None
-        brings = bool(flags & socket.MSG_CTRUNC)
-        pidfd: int | None = -1
-        if self._by_pidfd and not brings:
-            pidfd = self._receive_pidfd()
-        else:
-            self._sock.recvmsg(0, 0, socket.MSG_DONTWAIT)
         sender = 0
         for _level, kind, value in ancillary:
             if kind == socket.SCM_CREDENTIALS:
                 sender = _UCRED.unpack(value)[0]
-        return _Message(data, sender, pidfd)
+        return _Message(data, sender, -1), bool(flags & socket.MSG_CTRUNC)
+
+    def _drop(self, message: _Message) -> None:
+        """On a worker's thread: receives what was seen, and drops what comes with it."""
+        with contextlib.suppress(OSError):
+            self._sock.recvmsg(0, 0, socket.MSG_DONTWAIT)
+        self._loop.post(partial(self._dropped, message))
+
+    def _dropped(self, message: _Message) -> None:
+        if not self._closed and self._go_through(message):
+            self._watch()
+
+    def _go_through(self, message: _Message) -> bool:
+        """Whether more may be read now."""
+        room = self._budget.spend(monotonic())
+        if not self._take(message) or self._closed:
+            return False
+        if not room:
+            self._log.warning("notify.flood", rate=RATE)
+            self._rest(PAUSE)
+        return room
 
     def _receive_pidfd(self) -> int | None:
         self._sock.setsockopt(socket.SOL_SOCKET, _SO_PASSPIDFD, 1)
@@ -230,7 +256,7 @@ class NotifySocket:
             if not self._take(message):
                 return
         if not self._closed:
-            self._loop.register(self._fd, READ, self._readable)
+            self._watch()
 
     # -- handling
 
