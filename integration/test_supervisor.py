@@ -734,6 +734,21 @@ def test_our_own_manager_is_not_told_by_our_children(monkeypatch, tmp_path):
             manager.recv(100)
 
 
+UNDER_A_MANAGER = """
+import sys
+from proctree.supervisor import ChildSpec, Supervisor
+sys.exit(Supervisor([ChildSpec("it", ["sleep", "1000"])]).main())
+"""
+
+
+def test_our_own_manager_is_told_by_us(heard):
+    """A supervisor below a supervisor, as it would be below systemd."""
+    spec = ChildSpec("inner", python(UNDER_A_MANAGER), ready=Notified(), watchdog=30.0)
+    with Supervisor([spec]) as supervisor:
+        assert supervisor.child("inner").status == "children: 1"
+    assert heard.wait_for(ChildEnded).returncode == 0
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

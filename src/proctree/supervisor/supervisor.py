@@ -28,6 +28,7 @@ from proctree.supervisor.beating import BeatEvent, BeatFailed, Beating
 from proctree.supervisor.errors import ChildFailed, IntensityExceeded, StartFailed
 from proctree.supervisor.fields import to_period
 from proctree.supervisor.heartbeat import Beat
+from proctree.supervisor.manager import Manager
 from proctree.supervisor.notification import Notification
 from proctree.supervisor.plan import Action, Phase, Plan, Rules, Stage
 from proctree.supervisor.plan import Child as Planned
@@ -201,6 +202,7 @@ class _Running:
         self.failure: ChildFailed | None = None
         self.up = Latch()
         self.closed = Latch()
+        self.manager: Manager | None = None
         self._stop_timeout = stop_timeout
         self._stop_why = ""
         self._backoffs: dict[str, Timer] = {}
@@ -320,6 +322,8 @@ class _Running:
 
     def _started(self, _nothing: None) -> None:
         self.tell(happenings.SupervisorStarted, len(self.children))
+        if self.manager is not None:
+            self.manager.started(len(self.children))
         self.up.set()
 
     def _give_up(self, payload: tuple[Planned, str]) -> None:
@@ -338,6 +342,8 @@ class _Running:
     def _stopping(self, why: str) -> None:
         self._stop_why = f"its supervisor stops: {why}" if why else ""
         self.tell(happenings.SupervisorStopping, why)
+        if self.manager is not None:
+            self.manager.stopping()
         self._deadline = self.loop.call_later(self._stop_timeout, self._hurry)
 
     def _hurry(self) -> None:
@@ -346,6 +352,8 @@ class _Running:
     def _finished(self, _nothing: None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+        if self.manager is not None:
+            self.manager.close()
         self.tell(happenings.SupervisorStopped)
         self.closed.set()
         self.up.set()
@@ -471,11 +479,16 @@ class Supervisor:
         which the first stops the children in order and a second ends them at once. The signals are
         taken only when this is called on the main thread, and given back afterwards.
 
+        Where our own environment has a NOTIFY_SOCKET, as under systemd with Type=notify, it is told
+        READY=1 and STOPPING=1, and WATCHDOG=1 as often as WATCHDOG_USEC asks for.
+
         Raises:
             StartFailed: as `start`.
             IntensityExceeded: it gave up.
             ProctreeError: it was started before.
         """
+        running = self._running
+        running.manager = Manager(running.loop)
         with self._signals():
             self.start()
             self.wait()
