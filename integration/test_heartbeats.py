@@ -408,6 +408,23 @@ def test_a_callable_that_hangs_fails_by_the_interval_and_is_not_called_again():
         release.set()
 
 
+def test_a_beat_that_came_due_meanwhile_begins_when_the_one_before_is_settled():
+    release = threading.Event()
+
+    def beat(_beat: Beat) -> None:
+        assert release.wait(DEADLINE)
+
+    try:
+        with watching(quick(Heartbeat(beat, 60.0, 60.0))) as watch:
+            eventually(lambda: watch.beating._owed, "a beat was due")
+            watch.run(lambda: watch.beating._timer.cancel())  # no other comes due
+            release.set()
+            first, second = watch.wait_for(2)
+            assert (type(first), type(second)) == (BeatAccepted, BeatAccepted)
+    finally:
+        release.set()
+
+
 def test_nothing_comes_after_it_was_stopped():
     entered, release = threading.Event(), threading.Event()
 

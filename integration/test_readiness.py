@@ -449,20 +449,37 @@ def test_a_notification_or_none():
         assert waiting.wait_for() == [READY]
         waiting.on_loop(waiting.probing.arrived)
         assert waiting.heard == [READY]
+        # The next incarnation has not said anything yet.
+        waiting.prepare()
+        waiting.start()
+        assert waiting.heard == [READY]
 
 
-def test_a_connection_that_nobody_accepts_is_given_up_at_the_deadline():
-    """A queue that is full: the kernel drops the SYN, and nothing answers."""
+@contextlib.contextmanager
+def full() -> Iterator[int]:
+    """A port whose queue is full: the kernel drops each SYN, and nothing answers."""
     with socket.socket() as listener, contextlib.ExitStack() as filling:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        address = listener.getsockname()
         for _ in range(4):
             client = filling.enter_context(socket.socket())
             client.setblocking(False)
-            client.connect_ex(address)
-        with pytest.raises(Trouble, match=r"^(out of time|EAGAIN) at connect$"):
-            connect("127.0.0.1", address[1], connecting.time.monotonic() + 0.1)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_a_connection_that_nobody_accepts_is_given_up_at_the_deadline():
+    with full() as port:
+        with pytest.raises(Trouble, match=r"^out of time at connect$"):
+            connect("127.0.0.1", port, connecting.time.monotonic() + 0.1)
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch):
+    with full() as silent, socket.create_server(("127.0.0.1", 0)) as listener:
+        tcp = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        found = [(*tcp, ("127.0.0.1", silent)), (*tcp, listener.getsockname())]
+        monkeypatch.setattr(connecting.socket, "getaddrinfo", lambda *_a, **_k: found)
+        connect("two.example", 80, connecting.time.monotonic() + 1.0).end()
 
 
 def test_a_descriptor_that_cannot_be_had_is_trouble(monkeypatch: pytest.MonkeyPatch):

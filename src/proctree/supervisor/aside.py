@@ -181,6 +181,8 @@ class Aside:
         self._loop.post(partial(self._returned, asked, result))
 
     def _returned(self, asked: _Asked[Any], result: Any) -> None:
+        if self._under_way is not asked:
+            return  # there was no thread for it, and then there was one after all
         self._under_way = None
         if self._awaited is asked:
             self._drop(asked)

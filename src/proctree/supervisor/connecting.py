@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import socket
 import struct
 import time
@@ -72,7 +71,7 @@ class Stream:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        self._sock.settimeout(None if math.isinf(left) else left)
+        self._sock.settimeout(left)
 
     def connect(self, address: object) -> None:
         with doing("connect"):

@@ -193,7 +193,7 @@ class Probing:
             done(None)  # whoever it is, it does not answer
 
     def start(self) -> None:
-        """The child runs: its time begins now."""
+        """The child runs, and `prepare` is done: its time begins now."""
         self._waiting = True
         self._began = time.monotonic()
         if self._arrived:
