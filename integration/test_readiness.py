@@ -31,6 +31,7 @@ from proctree.supervisor.connecting import Trouble, connect
 from proctree.supervisor.probing import Probing
 from proctree.supervisor.readiness import (
     Check,
+    Completed,
     File,
     Http,
     Notified,
@@ -438,6 +439,12 @@ def test_a_line_may_come_before_the_start_and_not_from_an_earlier_incarnation():
     assert len(waiting.heard) == 1
     waiting.start()
     assert waiting.wait_for(2)[1] == READY
+
+
+def test_what_comes_by_itself_has_no_attempts():
+    with child(Completed(timeout=0.05)) as waiting:
+        text = "not ready within 0.05 s: its end with success: it never came"
+        assert waiting.wait_for() == [("not ready", text)]
 
 
 def test_a_notification_or_none():

@@ -269,4 +269,4 @@ class Probing:
         self._not_ready(f"not ready within {limit:g} s: {what}: {trouble}")
 
     def _attempts(self) -> bool:
-        return not isinstance(self._probe, Notified)
+        return not isinstance(self._probe, _MARKERS)
