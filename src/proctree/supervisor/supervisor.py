@@ -381,15 +381,11 @@ class Supervisor:
     others that the strategy names. When that happens too often the supervisor gives up: it stops
     all children, in order, and says which one it was, why, and what that one said last.
 
-    As the whole of a program::
-
-        sys.exit(Supervisor([ChildSpec("web", ["./web"], ready=Tcp(8000)), ...]).main())
-
-    or as a part of one: `with Supervisor(...) as supervisor: ...`. Every method may be called from
-    any thread, from subscribers and from callbacks.
+    It is the whole of a program by `main`, or a part of one by `with`. Every method may be called
+    from any thread, from subscribers and from callbacks.
 
     Args:
-        children: `ChildSpec`s, in the order of their start.
+        children: each a `ChildSpec`, in the order of their start.
         name: for events and messages. Default "supervisor".
         strategy: `"one-for-one"` (default), `"one-for-all"` or `"rest-for-one"`.
         restarts, period: the restart intensity: more than `restarts` restarts of its children
