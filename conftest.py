@@ -5,6 +5,10 @@ The test process makes itself a child subreaper, so that whatever gets away from
 test lands here and not under pid 1: nothing can hide, whatever it does to its session, its parents
 or its environment. It lives in a cgroup of its own where it may make one, and has a registry of its
 own, so that what it finds there is its own and not somebody else's.
+
+With pytest-xdist each worker is such a process, and its cgroup is beside those of the others: below
+the controller's, which has a process of its own, it could not be given a limit. The controller runs
+no test, and so does none of this.
 """
 
 from __future__ import annotations
@@ -102,7 +106,10 @@ def _hear_every_signal() -> None:
             signal.signal(signo, signal.SIG_DFL)
 
 
+@pytest.hookimpl(trylast=True)  # behind the one by which pytest-xdist registers its session
 def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("dsession"):
+        return  # the workers run the tests, each with what follows for itself
     _hear_every_signal()
     prctl.LibcPrctl().set_child_subreaper(True)
     _enter_place()

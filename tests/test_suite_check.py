@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from proctree.process import cgroups
 
 CONFTEST = Path(__file__).resolve().parent.parent / "conftest.py"
 
@@ -46,41 +50,96 @@ CLEAN = {
 }
 
 
-@pytest.fixture
-def run_test(tmp_path):
-    def run(body: str) -> subprocess.CompletedProcess[str]:
-        patient = CONFTEST.read_text()
-        conftest = patient.replace("LEAVE_SECONDS = 10.0", "LEAVE_SECONDS = 0.5")
-        assert conftest != patient
-        (tmp_path / "conftest.py").write_text(conftest)
-        (tmp_path / "pytest.ini").write_text("[pytest]\n")
-        lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
-        (tmp_path / "test_it.py").write_text(f"def test_it():\n{lines}")
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            # What it leaves behind comes to us in the end, and in its own session we know that it
-            # is nobody's whom we have started.
-            start_new_session=True,
-        )
+IN_A_WORKER = """
+import os, time
+from pathlib import Path
+from conftest import Place
+assert Place.runtime == os.environ["XDG_RUNTIME_DIR"]
+written = Path({folder!r}) / f"place-{{os.getpid()}}.new"
+written.write_text(f"{{Place.cgroup}}\\n{{Place.runtime}}\\n")
+written.rename(written.with_suffix(".txt"))
+# Neither goes on without the other: what one of them leaves behind is there beside the other.
+deadline = time.monotonic() + 60
+while len(list(Path({folder!r}).glob("place-*.txt"))) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+"""
 
-    return run
+
+def run_tests(folder: Path, bodies: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    """Tests with these bodies, `test_0` and so on, by a pytest of their own."""
+    patient = CONFTEST.read_text()
+    conftest = patient.replace("LEAVE_SECONDS = 10.0", "LEAVE_SECONDS = 0.5")
+    assert conftest != patient
+    (folder / "conftest.py").write_text(conftest)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    tests = ""
+    for number, body in enumerate(bodies):
+        lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
+        tests += f"def test_{number}():\n{lines}\n"
+    (folder / "test_it.py").write_text(tests)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        # What it leaves behind comes to us in the end, and in its own session we know that it is
+        # nobody's whom we have started.
+        start_new_session=True,
+    )
+
+
+def blamed(output: str) -> list[tuple[str, str]]:
+    """The tests that failed for what they left, and what that was."""
+    found, name = [], ""
+    for line in output.splitlines():
+        if line.startswith("___"):
+            name = line.strip("_ ").rpartition(" ")[2]
+        elif line.startswith("E  ") and "left behind" in line:
+            found.append((name, line))
+    return found
+
+
+BODIES = [*(body for body, _ in LEAKS.values()), *CLEAN.values()]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """All of them by one pytest, so that it is also seen that none is blamed for another."""
+    return run_tests(tmp_path_factory.mktemp("suite"), BODIES)
 
 
 @pytest.mark.parametrize("what", LEAKS)
-def test_what_is_left_behind_fails_the_test(run_test, what):
-    body, named = LEAKS[what]
-    done = run_test(body)
+def test_what_is_left_behind_fails_the_test(done, what):
+    _, named = LEAKS[what]
+    test = f"test_{list(LEAKS).index(what)}"
     assert done.returncode == 1, done.stdout
-    assert "1 passed, 1 error" in done.stdout
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("E  "))
-    assert "left behind" in line
+    assert f"::{test} PASSED" in done.stdout
+    assert f"::{test} ERROR" in done.stdout
+    (line,) = (line for name, line in blamed(done.stdout) if name == test)
     assert named in line
 
 
 @pytest.mark.parametrize("what", CLEAN)
-def test_what_leaves_nothing_behind_passes(run_test, what):
-    done = run_test(CLEAN[what])
-    assert done.returncode == 0, done.stdout
+def test_what_leaves_nothing_behind_passes(done, what):
+    test = f"test_{BODIES.index(CLEAN[what])}"
+    assert f"::{test} PASSED" in done.stdout
+    assert f"::{test} ERROR" not in done.stdout
+
+
+def test_each_worker_of_xdist_sees_what_is_left_behind_in_it(tmp_path):
+    """And nothing of the other's, which does the same at the same time."""
+    together = IN_A_WORKER.format(folder=str(tmp_path))
+    done = run_tests(tmp_path, [together, *BODIES], "--dist=each", "--tx=2*popen")
+    assert done.returncode == 1, done.stdout
+    assert f" {2 * (1 + len(BODIES))} passed, {2 * len(LEAKS)} errors in " in done.stdout
+    found = Counter(name for name, _ in blamed(done.stdout))
+    assert found == {f"test_{number + 1}": 2 for number in range(len(LEAKS))}
+    texts = [path.read_text().splitlines() for path in tmp_path.glob("place-*.txt")]
+    places, runtimes = zip(*texts, strict=True)
+    assert len(set(runtimes)) == 2
+    assert not any(map(os.path.exists, (*places, *runtimes)))
+    if "None" not in places:
+        assert len(set(places)) == 2
+        home = cgroups.find_home(cgroups.own_path()).path
+        assert set(map(os.path.dirname, places)) == {home}  # and not below the controller's
