@@ -44,8 +44,12 @@ $(VENV)/.docs: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(RUN) demo/heartbeat_409.py
 
+# Most tests wait for events most of the time: more workers than processors have something to do.
+WORKERS := 3
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(VENV)/.prctl .tools lint
-	$(RUN) -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.installed .tools
 	$(VENV)/bin/ruff check .
@@ -77,7 +81,7 @@ fuzz: $(VENV)/.installed .tools
 
 # Every integration test with the sanitized warden; a report of it fails the test.
 sanitize: $(VENV)/.prctl
-	$(RUN) -m pytest integration --warden=sanitized
+	$(PYTEST) integration --warden=sanitized
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/sphinx-build -W -b html docs build/docs

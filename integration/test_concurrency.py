@@ -50,7 +50,7 @@ def test_the_thread_that_started_a_tree_ends(actors: str, containment: str) -> N
     assert end(handle, KillPolicy.now()).returncode == -9
 
 
-@pytest.mark.parametrize(("backend", "rounds"), [("warden", 1000), ("group", 100)])
+@pytest.mark.parametrize(("backend", "rounds"), [("warden", 1000), ("group", 50)])
 def test_rounds_beside_eight_other_threads(backend: str, rounds: int) -> None:
     """Every outcome is right, and no descriptor, process or zombie is left."""
     wrong: list[object] = []

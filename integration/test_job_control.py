@@ -226,9 +226,9 @@ def test_foreground_stops_and_goes_on_as_a_whole(window: Window) -> None:
 def test_foreground_goes_on_in_the_background(window: Window, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    # Nothing that forks: a shell that is in vfork(2) stops for nobody, and when its child has stopped
-    # before it executes anything, both stay like that.
-    window.run(f"$P run --foreground -- sh -c 'echo be\"\"gin; read x <{fifo}; echo \"$x\"'")
+    # Nothing that forks: a shell that is in vfork(2) stops for nobody, and when its child has
+    # stopped before it executes anything, both stay like that.
+    window.run(f'$P run --foreground -- sh -c \'echo be""gin; read x <{fifo}; echo "$x"\'')
     window.see("begin\r\n")
     window.type("\x1a")
     window.see("Stopped")

@@ -53,7 +53,7 @@ def open_to_all(folder: Path) -> None:
         path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def copy() -> Iterator[Path]:
     """Everything that the tests need."""
     folder = Path(tempfile.mkdtemp(prefix="proctree-nobody-"))
@@ -67,15 +67,15 @@ def copy() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(300)
-def test_the_same_results(copy: Path) -> None:
-    files = ["test_endings.py", "test_supervisor_death.py", "test_warden_faults.py"]
-    home = copy / "home"
+@pytest.mark.parametrize("name", ["endings", "supervisor_death", "warden_faults"])
+def test_the_same_results(copy: Path, name: str) -> None:
+    home = copy / f"home-{name}"
     home.mkdir()
     home.chmod(0o777)
     done = subprocess.run(
         as_nobody(
             [interpreter(), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-            + [f"--basetemp={home}/tmp", *(f"integration/{name}" for name in files)]
+            + [f"--basetemp={home}/tmp", f"integration/test_{name}.py"]
         ),
         cwd=copy / "tree",
         env={

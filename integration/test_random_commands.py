@@ -322,8 +322,13 @@ class World:
         proctree.sweep()
 
     def _let_go(self) -> list[proof.Stat]:
-        """Nobody reads the lifelines any more, and so puppets end; one that is stopped does not see
-        that."""
+        """Nobody reads the lifelines any more, and so puppets end; one that is stopped or frozen
+        does not see that. A warden that was killed before it let them go leaves them frozen."""
+        if self.name == "cgroup":
+            for ward in (*self.wards, *self.closed):
+                with contextlib.suppress(OSError):
+                    leaf = Path(str(ward.handle._tree.contained.cgroup))
+                    (leaf / "cgroup.freeze").write_text("0")
         alive = new_since(self.before, dead=False)
         for stat in alive:
             pidfd = proof.open_pidfd(stat.pid)
