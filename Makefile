@@ -51,12 +51,29 @@ PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 test: $(VENV)/.prctl .tools lint
 	$(PYTEST)
 
+# Two at a time, and each in one piece; all of them, whatever one of them finds.
+CHECKS := lint-mypy lint-pyright lint-c lint-ruff lint-imports
+
 lint: $(VENV)/.installed .tools
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target $(CHECKS)
+
+.PHONY: $(CHECKS)
+$(CHECKS): $(VENV)/.installed .tools
+
+lint-ruff:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+lint-mypy:
 	$(VENV)/bin/mypy
+
+lint-pyright:
 	$(VENV)/bin/pyright
+
+lint-imports:
 	$(VENV)/bin/lint-imports
+
+lint-c:
 	scripts/analyze
 
 # 10,000 trees and random faults, for minutes; for hours: `make soak TREES=1000000`.
