@@ -41,7 +41,6 @@ class Directory:
         self.path = path
         self._lock = lock
         self._count = 0
-        self._owner = os.getpid()
 
     def next_path(self) -> str:
         """A name that was not used before."""
@@ -49,10 +48,9 @@ class Directory:
         return f"{self.path}/{self._count:x}"
 
     def remove(self) -> None:
-        """Not by a forked child, to which it does not belong."""
-        if self._owner == os.getpid():
-            _remove(self.path)
-            fds.close(self._lock)
+        """And what is in it."""
+        _remove(self.path)
+        fds.close(self._lock)
 
 
 def _fits(path: str) -> bool:
@@ -180,4 +178,5 @@ def _remove_all() -> None:
 
 
 atexit.register(_remove_all)
+# It is not the forked child's, which makes its own.
 fds.in_forked_child(_made.clear)
