@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import proctree
 from integration.conftest import DEADLINE, QUICK, Lines, eventually
 from proctree import WatchedSubprocess
 from proctree.channel import Channel, Message, Server, tasks
+from proctree.channel.passed import SO_PASSRIGHTS
 from proctree.channel.server import _channel_loop
 
 
@@ -107,11 +109,14 @@ done()""",
 s = stream()
 s.setblocking(True)
 r, w = os.pipe()
-for n in range(200):
-    socket.send_fds(s, [frame([n, ask('x')])], [w] * 16)
-    s.recv(1 << 16)
+try:
+    for n in range(200):
+        socket.send_fds(s, [frame([n, ask('x')])], [w] * 16)
+        s.recv(1 << 16)
+except PermissionError: pass  # SO_PASSRIGHTS
 door = socket.socket(fileno=os.dup(handle()))
-socket.send_fds(door, [b"n" * 16], [w] * 16)
+try: socket.send_fds(door, [b"n" * 16], [w] * 16)
+except PermissionError: pass
 done()""",
     "connections": """
 try:
@@ -301,3 +306,46 @@ with Channel.connect() as channel:
         outcome = tree.wait(DEADLINE)
         assert outcome is not None
         assert outcome.ok
+
+
+LINGERING = """
+listener = socket.create_server(("127.0.0.1", 0))
+linger = socket.create_connection(listener.getsockname())
+kept = [listener, listener.accept()]
+linger.setblocking(False)
+try:
+    while True:
+        linger.send(bytes(65536))
+except BlockingIOError:
+    pass
+linger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1000))
+channel = Channel.connect()
+refused = []
+for number in (channel.fileno(), handle()):
+    with socket.socket(fileno=os.dup(number)) as sock:
+        try:
+            socket.send_fds(sock, [b"x"], [linger.fileno()])
+        except PermissionError:
+            refused.append("refused")
+os.write(1, (" ".join(refused) + chr(10)).encode())
+time.sleep(1000)
+"""
+
+
+def test_a_socket_that_takes_a_thousand_seconds_to_close_is_not_taken() -> None:
+    """The loop would close it, and no channel would be served meanwhile: take_none()."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError as error:
+            pytest.skip(f"the kernel has no SO_PASSRIGHTS: {error}")
+    lines = Lines()
+    argv = [sys.executable, "-c", BEGINNING + LINGERING]
+    with WatchedSubprocess.start(argv, channel=echoing(), stdout=proctree.Lines(lines), kill=QUICK):
+        assert lines.wait_for() == ["refused refused"]
+        assert proctree.run(asks_once, channel=echoing()).ok
+
+
+def asks_once() -> None:
+    with Channel.connect() as channel:
+        assert channel.request(Ask("x"), timeout=DEADLINE).key == "x"

@@ -15,6 +15,9 @@ from typing import Any
 MOST_FDS = 32
 """Descriptors that may come with one frame."""
 
+SO_PASSRIGHTS = 83
+"""asm-generic/socket.h; on other machines it may be something else, and then it is refused."""
+
 INT = array.array("i").itemsize
 
 Ancillary = list[tuple[int, int, bytes]]
@@ -37,6 +40,17 @@ def from_ancillary(ancillary: Ancillary) -> tuple[int, ...]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % INT])
     return tuple(fds)
+
+
+def take_none(sock: socket.socket) -> None:
+    """Nobody can send descriptors to this end: he gets EPERM (SO_PASSRIGHTS, since Linux 6.16).
+
+    To receive and drop one is to close it, and the last close of a TCP socket with SO_LINGER whose
+    peer does not read takes as long as its sender likes (socket(7)): our loop would wait for it.
+    Where the kernel is older that is a thing a tree can do to the channels of its supervisor.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 class PassedFds:

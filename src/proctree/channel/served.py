@@ -41,7 +41,7 @@ from proctree.channel.frames import (
 )
 from proctree.channel.handlers import Answer, Handler, Handlers, Where, text_of, to_error
 from proctree.channel.lane import Lane
-from proctree.channel.passed import Kept, to_ancillary
+from proctree.channel.passed import Kept, take_none, to_ancillary
 from proctree.channel.tasks import Tasks
 from proctree.errors import errno_name
 from proctree.loop import READ, Loop
@@ -127,6 +127,7 @@ class Served:
         """Makes the door; returns the tree's descriptor and the value of its variable."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._door = _above_stdio(ours)
+        take_none(self._door)
         self._door_fd = fds.own(self._door.fileno())
         self._theirs = fds.above_stdio(theirs.detach())
         return self._theirs, rendezvous.describe(self._theirs).encode()
@@ -221,6 +222,7 @@ class Served:
             with fds.making():
                 ours, theirs = socket.socketpair()
                 ours = _above_stdio(ours)
+                take_none(ours)
                 fds.own(ours.fileno())
         except OSError as problem:
             # It would wait for its answer otherwise.
