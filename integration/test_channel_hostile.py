@@ -348,4 +348,4 @@ def test_a_socket_that_takes_a_thousand_seconds_to_close_is_not_taken() -> None:
 
 def asks_once() -> None:
     with Channel.connect() as channel:
-        assert channel.request(Ask("x"), timeout=DEADLINE).key == "x"
+        assert channel.request(Ask("x"), timeout=DEADLINE)["key"] == "x"
