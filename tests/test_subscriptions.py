@@ -166,6 +166,40 @@ def test_a_forked_child_tells_nobody(heard):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_flush_waits_for_what_has_happened():
+    slow, go_on, received = threading.Event(), threading.Event(), []
+
+    def callback(event: Any) -> None:
+        slow.set()
+        go_on.wait(DEADLINE)
+        received.append(event)
+
+    with proctree.subscribe(callback, proctree.TreeEnded) as subscription:
+        assert subscription.flush(DEADLINE)
+        proctree.run(["true"])
+        assert slow.wait(DEADLINE)
+        proctree.run(["true"])
+        assert not subscription.flush(0.01)
+        assert received == []
+        go_on.set()
+        assert subscription.flush(DEADLINE)
+        assert len(received) == 2
+
+
+def test_flush_in_the_callback_itself_is_refused():
+    raised: queue.Queue[Any] = queue.Queue()
+
+    def callback(_event: Any) -> None:
+        try:
+            raised.put(subscription.flush())
+        except RuntimeError as error:
+            raised.put(error)
+
+    with proctree.subscribe(callback, proctree.TreeEnded) as subscription:
+        proctree.run(["true"])
+        assert "waits for itself" in str(raised.get(timeout=DEADLINE))
+
+
 @pytest.mark.parametrize("kind", ["TreeEnded", int, proctree.Outcome])
 def test_what_is_no_kind_of_event_is_refused(kind):
     with pytest.raises(TypeError, match="kinds: a class of events"):

@@ -51,6 +51,11 @@ class Command(NamedTuple):
         env = {**self.env, CHANNEL_VARIABLE.encode(): description}
         return self._replace(env=env, pass_fds=tuple(sorted({*self.pass_fds, fd})))
 
+    def with_environment(self, changes: Mapping[bytes, bytes | None]) -> Command:
+        """It gets these variables; it does not get those whose value is None."""
+        env = {**self.env, **changes}
+        return self._replace(env={name: value for name, value in env.items() if value is not None})
+
     @property
     def program(self) -> str:
         return os.fsdecode(self.argv[0]) if self.argv else self.name

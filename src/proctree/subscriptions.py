@@ -40,6 +40,29 @@ class Subscription:
         self._open = False
         self._pending.clear()
 
+    def flush(self, timeout: float | None = None) -> bool:
+        """Waits until everything that has happened so far has been delivered.
+
+        Args:
+            timeout: seconds; None (default) waits as long as the callback takes.
+
+        Returns:
+            Whether it has been; False: the time ran out first.
+
+        Raises:
+            RuntimeError: called in the callback of this very subscription.
+        """
+        if self._worker.is_current_thread():
+            raise RuntimeError("flush() in a callback of the same subscription waits for itself")
+        delivered = threading.Event()
+        self.behind(delivered.set)
+        return delivered.wait(timeout)
+
+    def behind(self, job: Callable[[], None]) -> None:
+        """Calls `job()`, which must not raise, on the callback's thread when everything that has
+        happened so far has been delivered. Never blocks."""
+        self._worker.post(job)
+
     def __enter__(self) -> Subscription:
         return self
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from proctree import events, subscriptions, transitions
+from proctree import events, launching, subscriptions, transitions
 from proctree.command import Command
 from proctree.containment.base import Contained
 from proctree.errors import ContainmentUnavailable, ProctreeError, step
@@ -50,6 +50,11 @@ class Attached(Protocol):
 
 _alive: set[Tree] = set()
 """Trees that have not been closed, for the end of the interpreter."""
+
+
+def alive() -> tuple[Tree, ...]:
+    """Those that are being made, run, or are being ended at this moment. From any thread."""
+    return tuple(_alive)
 
 
 class Tree:
@@ -117,6 +122,11 @@ class Tree:
         return self.contained.pid
 
     @property
+    def age(self) -> float:
+        """Seconds since its processes were first made; 0.0 before."""
+        return time.monotonic() - self._began if self._began else 0.0
+
+    @property
     def terminal(self) -> Terminal | None:
         return self._streams.terminal
 
@@ -145,6 +155,8 @@ class Tree:
         """
         if not self._take_token():
             raise ProctreeError(f"tree {self.tree_id} was launched or killed before")
+        if launching.hooks:
+            self.command = self.command.with_environment(launching.ask(self))
         self._loop = loop
         loop.post(self._launch)
 
@@ -444,7 +456,7 @@ fds.in_forked_child(forget_all)
 def end_all(loop: Loop) -> None:
     """The interpreter is exiting. A warden ends its tree by itself, and sooner or later in better
     order than we could now; what nothing else holds is ended here."""
-    trees = [tree for tree in tuple(_alive) if tree.contained.name == "group"]
+    trees = [tree for tree in alive() if tree.contained.name == "group"]
     for tree in trees:
         tree.kill(loop, Reason.SUPERVISOR_LOST, "the interpreter is exiting", None)
     for tree in trees:
