@@ -1,4 +1,5 @@
-"""Who is asked before a tree is launched: on the thread that launches it, and in its context.
+"""Who is asked before a tree is launched: on the thread that launches it, and in its context; on a
+callback thread where that is the loop's.
 
 Events come on another thread, where nothing is left of what the caller was about when it launched
 the tree (its context variables, contextvars of PEP 567). Without a hook a launch pays for one look

@@ -155,10 +155,18 @@ class Tree:
         """
         if not self._take_token():
             raise ProctreeError(f"tree {self.tree_id} was launched or killed before")
-        if launching.hooks:
-            self.command = self.command.with_environment(launching.ask(self))
         self._loop = loop
-        loop.post(self._launch)
+        if not launching.hooks:
+            loop.post(self._launch)
+        elif loop.is_current_thread():
+            # A supervised child: what is asked is the host's code, which must not hold up the loop.
+            self.worker.post(self._ask)
+        else:
+            self._ask()
+
+    def _ask(self) -> None:
+        self.command = self.command.with_environment(launching.ask(self))
+        self._loop.post(self._launch)
 
     def kill(self, loop: Loop, reason: Reason, detail: str, policy: KillPolicy | None) -> None:
         self._take_token()
