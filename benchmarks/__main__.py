@@ -7,7 +7,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from benchmarks import bomb, capture, channel, command, exiting, idle, killing, lines, start, table
+from benchmarks import (
+    bomb,
+    capture,
+    channel,
+    command,
+    detection,
+    exiting,
+    idle,
+    killing,
+    lines,
+    start,
+    table,
+)
 from benchmarks.timing import Effort
 
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
@@ -19,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "capture": capture.measure,
     "lines": lines.measure,
     "exit": exiting.measure,
+    "detection": detection.measure,
     "command": command.measure,
     "idle": idle.measure,
     "channel": channel.measure,

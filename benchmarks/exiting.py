@@ -9,10 +9,8 @@ warden when `wait` returns.
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import select
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,48 +18,16 @@ from collections.abc import Callable, Iterator
 import processkit
 
 import proctree
-from benchmarks.native import program, scratch
+from benchmarks.moment import Ended, Moment
 from benchmarks.table import Row, times_as_long
-from benchmarks.timing import Contender, Effort, medians
+from benchmarks.timing import Effort, medians
 
-DELAY_MS = 10
 OURS = "proctree"
 PIDFD = "poll of a pidfd"
 ASYNCIO = "asyncio"
 BLOCKING = "Popen.wait()"
 TIMEOUT = "Popen.wait(timeout)"
 PROCESSKIT = "processkit"
-
-Ended = tuple[float, float]
-"""When the waiting began, and when it was over; by time.monotonic()."""
-
-
-class _Moment:
-    """The memory in which the process notes when it exits."""
-
-    def __init__(self) -> None:
-        self._path = scratch() / "moment"
-        self._path.write_bytes(bytes(mmap.PAGESIZE))
-        with open(self._path, "r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
-
-    @property
-    def argv(self) -> list[str]:
-        return [program("ending"), str(self._path), str(DELAY_MS)]
-
-    def after(self, wait: Callable[[], Ended]) -> Contender:
-        """Times a way to wait. A turn in which the process was gone before the waiting began says
-        nothing about waiting, and is taken again."""
-
-        def measure() -> float:
-            while True:
-                began, known = wait()
-                (nanoseconds,) = struct.unpack_from("q", self._memory)
-                exited = nanoseconds / 1e9
-                if exited > began:
-                    return known - exited
-
-        return measure
 
 
 def _waited(wait: Callable[[], object]) -> Ended:
@@ -71,7 +37,7 @@ def _waited(wait: Callable[[], object]) -> Ended:
 
 
 def measure(effort: Effort) -> Iterator[Row]:
-    moment = _Moment()
+    moment = Moment()
     argv = moment.argv
     command = processkit.Command(argv[0], argv[1:]).stdout("inherit").stderr("inherit")
 
