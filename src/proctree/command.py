@@ -56,6 +56,10 @@ class Command(NamedTuple):
         env = {**self.env, **changes}
         return self._replace(env={name: value for name, value in env.items() if value is not None})
 
+    def without_environment(self) -> Command:
+        """What is kept of it once it was started: thousands of trees are thousands of copies."""
+        return self._replace(env={})
+
     @property
     def program(self) -> str:
         return os.fsdecode(self.argv[0]) if self.argv else self.name

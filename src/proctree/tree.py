@@ -214,6 +214,7 @@ class Tree:
                             self.command = self.command.with_channel(*self._channel.open())
                     with step("containment"):
                         self.contained.spawn(self.command, stdio, self.policy)
+                    self.command = self.command.without_environment()
                 finally:
                     self._streams.close_child_ends()
                     if self._channel is not None:

@@ -96,7 +96,7 @@ class GroupContained(Contained):
     # -- making it
 
     def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
-        self._command = command
+        self._command = command.without_environment()
         calls = prctl.load()
         parent = os.getpid()
         pid = -1

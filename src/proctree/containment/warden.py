@@ -129,7 +129,7 @@ class WardenContained(Contained):
     # -- making it
 
     def spawn(self, command: Command, stdio: Descriptors, policy: KillPolicy) -> None:
-        self._command = command
+        self._command = command.without_environment()
         with step("control"):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control = fds.above_stdio(theirs.detach())
