@@ -409,10 +409,16 @@ class Plan:
         auto = self.rules.auto_shutdown
         if auto is AutoShutdown.ANY:
             self._shut_down(f"child {child.name!r} has ended")
-        elif auto is AutoShutdown.ALL and all(
-            other.phase is Phase.DONE for other in self.children.values()
-        ):
+        elif auto is AutoShutdown.ALL and self._all_done:
             self._shut_down("all children have ended")
+
+    @property
+    def _all_done(self) -> bool:
+        # Nearly always answered by the number: looking at everybody at each end would make the end
+        # of thousands quadratic.
+        return self._alive == 0 and all(
+            child.phase is Phase.DONE for child in self.children.values()
+        )
 
     def _give_up(self, child: Child, why: str) -> None:
         child.phase = Phase.DONE

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -424,9 +425,8 @@ class Supervisor:
             auto_shutdown=one_of(AutoShutdown, auto_shutdown, "auto_shutdown"),
         )
         specs = [_to_spec(spec) for spec in children]
-        names = [spec.name for spec in specs]
-        for spec_name in names:
-            if names.count(spec_name) > 1:
+        for spec_name, count in Counter(spec.name for spec in specs).items():
+            if count > 1:
                 raise ValueError(f"name: there are two children called {spec_name!r}")
         self._running = _Running(name, rules, to_seconds(stop_timeout, "stop_timeout"))
         for spec in specs:
