@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from proctree import eventloops
 from proctree.channel.closely import Closely
 from proctree.channel.passed import PassedFds
 from proctree.channel.wire import Wire, listed, unless_handled
@@ -277,11 +277,7 @@ class AsyncioParty(Party):
     def call_soon(self, function: Callable[[], object]) -> None:
         loop = self.loop()
         if loop is not None:
-            try:
-                loop.call_soon_threadsafe(function)
-            except RuntimeError:
-                if not loop.is_closed():  # else its tasks are gone, too
-                    raise
+            eventloops.call_soon(loop, function)
 
     def _watch(self) -> None:
         asyncio.get_running_loop().add_reader(self._owner.wire.fileno(), self._readable)
@@ -349,12 +345,9 @@ class TrioParty(Party):
         return TrioWaiter(self)
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        import trio
-
         token = self._token()
         if token is not None:
-            with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(function)
+            eventloops.call_soon(token, function)
 
     def _watch(self) -> None:
         import trio
@@ -426,20 +419,18 @@ class Parties:
         Raises:
             RuntimeError: none does.
         """
-        trio = sys.modules.get("trio")
-        if trio is not None and trio.lowlevel.in_trio_task():
-            token = trio.lowlevel.current_trio_token()
-            party = self._parties.get(token)
-            if party is None:
-                party = self._parties.setdefault(token, TrioParty(self._owner, token))
-            return party
-        loop = asyncio.get_running_loop()
+        loop = eventloops.running()
         last = self._last
         if last is not None and last.loop() is loop:
             return last
         party = self._parties.get(loop)
         if party is None:
-            party = self._parties.setdefault(loop, AsyncioParty(self._owner, loop))
-        assert isinstance(party, AsyncioParty)
-        self._last = party
+            party = self._parties.setdefault(loop, self._made(loop))
+        if isinstance(party, AsyncioParty):
+            self._last = party
         return party
+
+    def _made(self, loop: eventloops.EventLoop) -> Party:
+        if isinstance(loop, asyncio.AbstractEventLoop):
+            return AsyncioParty(self._owner, loop)
+        return TrioParty(self._owner, loop)
