@@ -8,6 +8,7 @@ on the way and nothing piles up.
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Callable
 
 from proctree import events
@@ -21,6 +22,11 @@ PENDING_MAX = 512 * 1024
 
 PENDING_PIECES_MAX = 1024
 """How many pieces they may be: a byte at a time costs more memory than its byte."""
+
+
+REST_MAX = 2 * 1024 * 1024
+"""Bytes that are read of a tree that has ended, whoever takes them: more than our pipes hold. A
+tree that has made its pipe larger has the rest of it wait."""
 
 
 class LineCutter:
@@ -37,6 +43,11 @@ class LineCutter:
         self._max = max_length
         self._encoding = encoding
         self._rest = b""
+
+    @property
+    def rest(self) -> bytes:
+        """Of a line that is not complete yet."""
+        return self._rest
 
     def feed(self, data: bytes) -> list[str]:
         """The lines that are complete with `data`."""
@@ -126,7 +137,52 @@ class CaptureSink:
         return b"".join((head, self._ring[at:], self._ring[:at])), cut
 
 
-class CallbackSink:
+class _BoundedSink:
+    """Counts what waits to be taken from a sink.
+
+    Args:
+        resume: called by who takes, when reading may go on.
+    """
+
+    def __init__(self, resume: Callable[[], None]) -> None:
+        self._resume = resume
+        # Two counters with one writer each: `-=` on a shared one would lose updates.
+        self._fed = 0
+        self._done = 0
+        self._fed_pieces = 0
+        self._done_pieces = 0
+        self._bytes_max = PENDING_MAX
+        self._paused = False
+
+    def _count(self, data: bytes) -> None:
+        self._fed += len(data)
+        self._fed_pieces += 1
+
+    def _may_go_on(self) -> bool:
+        """After feeding: whether more may be fed."""
+        # Said before the taker's progress is read: if it takes in between, either we see that here
+        # or it sees this there. Both at once is a resume too many, which does no harm.
+        self._paused = True
+        if self._has_room(1):
+            self._paused = False
+        return not self._paused
+
+    def _taken(self, size: int, pieces: int) -> None:
+        self._done += size
+        self._done_pieces += pieces
+        if self._paused and self._has_room(2):
+            self._resume()
+
+    def _has_room(self, fraction: int) -> bool:
+        """Whether less than a `fraction` of what may wait is waiting."""
+        pieces = self._fed_pieces - self._done_pieces
+        return (
+            self._fed - self._done < self._bytes_max // fraction
+            and pieces < PENDING_PIECES_MAX // fraction
+        )
+
+
+class CallbackSink(_BoundedSink):
     """Hands a stream to the user's code on the tree's worker.
 
     Args:
@@ -142,45 +198,22 @@ class CallbackSink:
         finish: Callable[[], None],
         resume: Callable[[], None],
     ) -> None:
+        super().__init__(resume)
         self._worker = worker
         self._deliver = deliver
         self._finish = finish
-        self._resume = resume
-        # Two counters with one writer each: `-=` on a shared one would lose updates.
-        self._fed = 0
-        self._done = 0
-        self._fed_pieces = 0
-        self._done_pieces = 0
-        self._paused = False
         self._dropped = False
 
     def feed(self, data: bytes) -> bool:
         """Returns False when reading has to stop until `resume`."""
-        self._fed += len(data)
-        self._fed_pieces += 1
+        self._count(data)
         self._worker.post(lambda: self._run(data))
-        # Said before the worker's progress is read: if it finishes in between, either we see that
-        # here or it sees this there. Both at once is a resume too many, which does no harm.
-        self._paused = True
-        if self._has_room(1):
-            self._paused = False
-        return not self._paused
+        return self._may_go_on()
 
     def _run(self, data: bytes) -> None:
         if not self._dropped:
             self._deliver(data)
-        self._done += len(data)
-        self._done_pieces += 1
-        if self._paused and self._has_room(2):
-            self._resume()
-
-    def _has_room(self, fraction: int) -> bool:
-        """Whether less than a `fraction` of what may wait is waiting."""
-        pieces = self._fed_pieces - self._done_pieces
-        return (
-            self._fed - self._done < PENDING_MAX // fraction
-            and pieces < PENDING_PIECES_MAX // fraction
-        )
+        self._taken(len(data), 1)
 
     def end(self, done: Callable[[], None]) -> None:
         """No more bytes; calls `done` on the worker after the last callback."""
@@ -195,6 +228,66 @@ class CallbackSink:
     def drop(self) -> None:
         """The tree is given up: what still waits is not delivered any more."""
         self._dropped = True
+
+
+class PullSink(_BoundedSink):
+    """Keeps a stream until somebody takes it, on whatever thread. The tree waits for that as long
+    as it lives; its end does not: what it has written by then is kept here.
+
+    Args:
+        arrived: called on the loop when there is something to take, or the end. Must not block.
+    """
+
+    def __init__(self, arrived: Callable[[], None]) -> None:
+        super().__init__(lambda: None)
+        self._arrived = arrived
+        self._pieces: deque[bytes] = deque()
+        self._ended = False
+
+    def attach(self, resume: Callable[[], None]) -> None:
+        """Before the first `feed`."""
+        self._resume = resume
+
+    def feed(self, data: bytes) -> bool:
+        """Returns False when reading has to stop until the resume of `attach`."""
+        self._count(data)
+        self._pieces.append(data)
+        go_on = self._may_go_on()
+        self._arrived()
+        return go_on
+
+    def widen(self) -> None:
+        """The tree is empty: from now on what its pipe may hold is taken besides."""
+        self._bytes_max = PENDING_MAX + REST_MAX
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._ended = True
+        self._arrived()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to take, or the end."""
+        return bool(self._pieces) or self._ended
+
+    @property
+    def waiting(self) -> int:
+        """Bytes to take."""
+        return self._fed - self._done
+
+    def take(self, size: int) -> bytes:
+        """What there is; no more than the piece that reaches `size` bytes. One thread at a time."""
+        taken: list[bytes] = []
+        length = 0
+        while self._pieces and length < size:
+            taken.append(self._pieces.popleft())
+            length += len(taken[-1])
+        if taken:
+            self._taken(length, len(taken))
+        return taken[0] if len(taken) == 1 else b"".join(taken)
+
+
+Sink = CaptureSink | CallbackSink | PullSink
 
 
 class CallbackErrors:

@@ -19,6 +19,8 @@ from proctree.output import (
     CallbackSink,
     CaptureSink,
     LineCutter,
+    PullSink,
+    Sink,
     chunk_delivery,
     line_delivery,
 )
@@ -112,7 +114,7 @@ def _output(value: Any, argument: str) -> Any:
     value = _common(value, argument)
     if value is Stdio.STDOUT and argument != "stderr":
         raise ValueError(f"{argument}: STDOUT is for stderr")
-    if isinstance(value, (Stdio, int, os.PathLike)):
+    if isinstance(value, (Stdio, int, os.PathLike, PullSink)):
         return value
     from proctree.sinks import Capture, Chunks, Lines, Log
 
@@ -276,8 +278,11 @@ class Streams:
         for stream in self._streams.values():
             stream.start()
 
-    def _sink(self, name: str, tree: StreamOwner) -> CaptureSink | CallbackSink:
+    def _sink(self, name: str, tree: StreamOwner) -> Sink:
         wanted = self._stdout if name == "stdout" else self._stderr
+        if isinstance(wanted, PullSink):
+            wanted.attach(lambda: self._resume(name))
+            return wanted
         limit = DEFAULT_CAPTURE if wanted is Stdio.CAPTURE else getattr(wanted, "limit", None)
         if limit is not None:
             self._captures[name] = CaptureSink(limit)

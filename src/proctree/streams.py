@@ -16,7 +16,7 @@ import termios
 from collections.abc import Callable
 
 from proctree.loop import READ, WRITE, Loop
-from proctree.output import CallbackSink, CaptureSink
+from proctree.output import CallbackSink, CaptureSink, PullSink, Sink
 from proctree.process import fds
 
 CALLBACK_CHUNK = 64 * 1024
@@ -48,9 +48,7 @@ class OutputStream:
         ended: called on the loop once, when the stream has ended and everything was delivered.
     """
 
-    def __init__(
-        self, loop: Loop, fd: int, sink: CaptureSink | CallbackSink, ended: Callable[[], None]
-    ) -> None:
+    def __init__(self, loop: Loop, fd: int, sink: Sink, ended: Callable[[], None]) -> None:
         self._loop = loop
         self._fd = fd
         self._sink = sink
@@ -134,6 +132,9 @@ class OutputStream:
             waiting = bytearray(4)
             fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
             (self._left,) = struct.unpack("i", waiting)
+        if isinstance(self._sink, PullSink):
+            self._sink.widen()
+            self._resume()
         if self._registered:
             self._readable(READ)
 
@@ -143,13 +144,17 @@ class OutputStream:
         fds.close(self._fd)
         if isinstance(self._sink, CallbackSink):
             self._sink.end(lambda: self._loop.post(self._ended))
-        else:
-            self._ended()
+            return
+        if isinstance(self._sink, PullSink):
+            self._sink.end()
+        self._ended()
 
     def close(self) -> None:
         """Gives the stream up, whatever is still in it."""
         if isinstance(self._sink, CallbackSink):
             self._sink.drop()
+        elif isinstance(self._sink, PullSink):
+            self._sink.end()
         if not self._finished:
             self._pause()
             self._finished = True

@@ -20,17 +20,24 @@ PENDING_MAX = 10_000
 """Events that may wait for one subscriber."""
 
 
-class Subscription:
-    """What `subscribe` returns."""
+class _Subscriber:
+    """What waits for somebody who wants to hear of events, and how much of it."""
 
-    def __init__(self, callback: Callable[[Any], object], kinds: tuple[type, ...]) -> None:
-        self._callback = callback
+    def __init__(self, kinds: tuple[type, ...]) -> None:
+        for kind in kinds:
+            if kind not in LOGGED:
+                raise TypeError(f"kinds: a class of events as TreeEnded, not {kind!r}")
         self._kinds = kinds
-        self._worker = Worker()
         self._pending: deque[Any] = deque()
         self._missed = 0
-        self._failed = False
+        self._open = False
+
+    def open(self) -> None:
+        """Everything from now on."""
+        global _subscriptions
         self._open = True
+        with _lock:
+            _subscriptions = (*_subscriptions, self)
 
     def close(self) -> None:
         """No event is delivered any more once a callback that runs now has returned."""
@@ -39,6 +46,34 @@ class Subscription:
             _subscriptions = tuple(other for other in _subscriptions if other is not self)
         self._open = False
         self._pending.clear()
+
+    def offer(self, event: Any) -> None:
+        """Never blocks."""
+        if not self._open or (self._kinds and not isinstance(event, self._kinds)):
+            return
+        if len(self._pending) >= PENDING_MAX:
+            self._missed += 1
+            return
+        if self._missed:
+            missed, self._missed = self._missed, 0
+            self._pending.append(EventsMissed(missed, transitions.now()))
+            self._arrived()
+        self._pending.append(event)
+        self._arrived()
+
+    def _arrived(self) -> None:
+        """One more is pending."""
+        raise NotImplementedError
+
+
+class Subscription(_Subscriber):
+    """What `subscribe` returns."""
+
+    def __init__(self, callback: Callable[[Any], object], kinds: tuple[type, ...]) -> None:
+        super().__init__(kinds)
+        self._callback = callback
+        self._worker = Worker()
+        self._failed = False
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until everything that has happened so far has been delivered.
@@ -69,18 +104,7 @@ class Subscription:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def offer(self, event: Any) -> None:
-        """Never blocks."""
-        if self._kinds and not isinstance(event, self._kinds):
-            return
-        if len(self._pending) >= PENDING_MAX:
-            self._missed += 1
-            return
-        if self._missed:
-            missed, self._missed = self._missed, 0
-            self._pending.append(EventsMissed(missed, transitions.now()))
-            self._worker.post(self._deliver)
-        self._pending.append(event)
+    def _arrived(self) -> None:
         self._worker.post(self._deliver)
 
     def _deliver(self) -> None:
@@ -104,8 +128,38 @@ class Subscription:
                 )
 
 
-_subscriptions: tuple[Subscription, ...] = ()
-_lock = threading.Lock()
+class EventQueue(_Subscriber):
+    """Keeps events until somebody takes them, on whatever thread; as many as wait for a callback.
+
+    Args:
+        kinds: as of `subscribe`.
+        arrived: called when there is one more, on the thread that it happens on. Must not block.
+    """
+
+    def __init__(self, kinds: tuple[type, ...], arrived: Callable[[], None]) -> None:
+        super().__init__(kinds)
+        self._tell = arrived
+
+    def _arrived(self) -> None:
+        self._tell()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is one to take."""
+        return bool(self._pending)
+
+    def take(self) -> Any:
+        """The next one.
+
+        Raises:
+            IndexError: there is none.
+        """
+        return self._pending.popleft()
+
+
+_subscriptions: tuple[_Subscriber, ...] = ()
+# The collector may close a forgotten one in the middle of opening another.
+_lock = threading.RLock()
 
 
 def subscribe(callback: Callable[[Any], object], *kinds: type) -> Subscription:
@@ -128,13 +182,8 @@ def subscribe(callback: Callable[[Any], object], *kinds: type) -> Subscription:
     """
     if not callable(callback):
         raise TypeError(f"callback: must be callable, not {callback!r}")
-    for kind in kinds:
-        if kind not in LOGGED:
-            raise TypeError(f"kinds: a class of events as TreeEnded, not {kind!r}")
-    global _subscriptions
     subscription = Subscription(callback, kinds)
-    with _lock:
-        _subscriptions = (*_subscriptions, subscription)
+    subscription.open()
     return subscription
 
 
@@ -153,7 +202,10 @@ def _forget() -> None:
     """A forked child has none of our trees, nor our threads."""
     global _subscriptions, _lock
     _subscriptions = ()
-    _lock = threading.Lock()
+    # The collector may close a forgotten one in the middle of opening another.
+
+
+_lock = threading.RLock()
 
 
 fds.in_forked_child(_forget)

@@ -191,14 +191,18 @@ class WatchedSubprocess:
             # A KeyboardInterrupt here would leave a tree that nobody has a handle to.
             self._end_quietly()
             raise
-        if tree.start_error is not None:
+        error = self._start_error()
+        if error is not None:
             # What there was of it is being cleared away.
             self._wait_out()
-            raise tree.start_error
-        if tree.contained.pid is None:
-            # Killed first, or given up: then what there was of it is being cleared away.
-            self._wait_out()
-            raise ProctreeError(f"tree {self.tree_id} was killed before it had started")
+            raise error
+
+    def _start_error(self) -> Exception | None:
+        """Why no main process runs, when it should."""
+        if self._tree.start_error is None and self._tree.contained.pid is None:
+            # Killed first, or given up.
+            return ProctreeError(f"tree {self.tree_id} was killed before it had started")
+        return self._tree.start_error
 
     # -- what is known
 
