@@ -79,6 +79,9 @@ class OutputStream:
                 return
             if not more:
                 return
+        if self._left == 0:
+            # Who else holds the pipe may never write to it: epoll would not call again.
+            self._finish()
 
     def _read_once(self) -> bool:
         """False when there is nothing to do until somebody calls again."""
