@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import (
+    aio,
     bomb,
     capture,
     channel,
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "command": command.measure,
     "idle": idle.measure,
     "channel": channel.measure,
+    "aio": aio.measure,
 }
 
 

@@ -74,9 +74,9 @@ def measure(effort: Effort) -> Iterator[Row]:
         results = medians(contenders, effort.rounds(7))
         ours, theirs = lines / results[OURS], lines / results[peer]
         if peer == POPEN:
-            yield Row(what, _rate(ours), target=f">= {_rate(TARGET)}", met=ours >= TARGET)
-        yield Row(what, _rate(ours), f"{peer}: {_rate(theirs)}", f"{ours / theirs:.2f} x")
+            yield Row(what, rate(ours), target=f">= {rate(TARGET)}", met=ours >= TARGET)
+        yield Row(what, rate(ours), f"{peer}: {rate(theirs)}", f"{ours / theirs:.2f} x")
 
 
-def _rate(rate: float) -> str:
+def rate(rate: float) -> str:
     return f"{rate / 1e6:.2f} M/s"
