@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,43 @@ def test_ctrl_c_at_each_await(loop_name: str, times: int) -> None:
         done = interrupt is None and kept[0] < number
         number += 1
     assert 4 <= number < MOST_AWAITS
+
+
+@pytest.mark.filterwarnings("error")
+def test_ctrl_c_at_each_line_in_trio() -> None:
+    """trio raises it between any two bytecodes of the main thread, where nothing protects them."""
+    ours = os.path.dirname(aio.__file__)
+    left = 0
+
+    def trace(frame: types.FrameType, event: str, _argument: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(ours):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    async def main(seen: list[aio.Process]) -> None:
+        opening = aio.open_process(["sleep", "1000"], kill=QUICK)
+        sys.settrace(trace)
+        try:
+            async with opening as proc:
+                seen.append(proc)
+        finally:
+            sys.settrace(None)
+
+    number, most = 0, 400
+    while left <= 0:
+        number += 1
+        assert number < most
+        left = number
+        seen: list[aio.Process] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            run_in(TRIO, main, seen)
+        expect_end(seen)
+    assert number > 30
 
 
 def test_a_second_ctrl_c_has_it_end_at_once(loop_name: str) -> None:

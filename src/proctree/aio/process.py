@@ -303,6 +303,8 @@ async def _enter(opening: _Opening) -> Process:
     if opening._process is not None:
         raise RuntimeError("this open_process() was entered before: each starts one tree")
     process = opening._process = Process(opening._target, opening._options)
+    # Before it comes to the coroutine that waits, too: trio marks the code.
+    unbroken(_Opening.__aexit__)
     await process._start()
     return process
 
