@@ -132,31 +132,29 @@ def test_what_can_be_done_with_a_handle(run: Run, actors: str) -> None:
 # -- What cannot be started
 
 
-@pytest.mark.parametrize(
-    ("target", "options", "error"),
-    [
-        (["/nonexistent/program"], {}, FileNotFoundError),
-        (["/etc"], {}, PermissionError),
-        (["true"], {"cwd": "/nonexistent"}, FileNotFoundError),
-        (["true"], {"stdout": Path("/nonexistent/out")}, FileNotFoundError),
-        (["true"], {"bogus": 1}, TypeError),
-        (["true"], {"timeout": -1}, ValueError),
-        (["true"], {"containment": "bogus"}, ValueError),
-        ([], {}, ValueError),
-    ],
-)
-def test_what_cannot_be_started_raises_as_elsewhere(
-    target: list[str], options: dict[str, Any], error: type[Exception], run: Run
-) -> None:
+UNSTARTABLE: list[tuple[list[str], dict[str, Any], type[Exception]]] = [
+    (["/nonexistent/program"], {}, FileNotFoundError),
+    (["/etc"], {}, PermissionError),
+    (["true"], {"cwd": "/nonexistent"}, FileNotFoundError),
+    (["true"], {"stdout": Path("/nonexistent/out")}, FileNotFoundError),
+    (["true"], {"bogus": 1}, TypeError),
+    (["true"], {"timeout": -1}, ValueError),
+    (["true"], {"containment": "bogus"}, ValueError),
+    ([], {}, ValueError),
+]
+
+
+def test_what_cannot_be_started_raises_as_elsewhere(run: Run) -> None:
     async def main() -> None:
-        with pytest.raises(error) as ours:
-            async with aio.open_process(target, **options):
-                raise AssertionError("it runs")
-        with pytest.raises(error) as theirs:
-            proctree.WatchedSubprocess.start(target, **options)
-        assert type(ours.value) is type(theirs.value)
-        assert str(ours.value) == str(theirs.value)
-        assert not living()
+        for target, options, error in UNSTARTABLE:
+            with pytest.raises(error) as ours:
+                async with aio.open_process(target, **options):
+                    raise AssertionError("it runs")
+            with pytest.raises(error) as theirs:
+                proctree.WatchedSubprocess.start(target, **options)
+            assert type(ours.value) is type(theirs.value)
+            assert str(ours.value) == str(theirs.value)
+            assert not living()
 
     run(main)
 
@@ -553,6 +551,9 @@ def test_a_cancelled_reader_loses_nothing(run: Run) -> None:
                 with anyio.CancelScope() as scope:
                     await interrupted(read(), {number}, scope.cancel)
                 caught = scope.cancelled_caught
+                # And before it has even taken what the last one has left.
+                with anyio.CancelScope() as scope:
+                    await interrupted(read(), {1}, scope.cancel)
         assert got == wanted
 
     run(main)
@@ -879,8 +880,10 @@ def test_a_loop_is_closed_and_its_task_thrown_away(name: str) -> None:
     loop.close()
     del task
     gc.collect()
-    handle = started.pop()._handle
-    assert handle.wait(DEADLINE) is not None
+    (proc,) = started
+    outcome = proc._handle.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.detail == "its task was thrown away"
     assert not living()
 
 
