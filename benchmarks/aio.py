@@ -14,8 +14,8 @@ from typing import Any
 import anyio
 import uvloop
 
-from benchmarks.moment import Ended, Moment
 from benchmarks.lines import BLOCK, LINE, TARGET, rate
+from benchmarks.moment import Ended, Moment
 from benchmarks.native import program
 from benchmarks.table import Row, times_as_long
 from benchmarks.timing import Contender, Effort, medians, timed
