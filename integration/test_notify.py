@@ -14,6 +14,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from array import array
@@ -812,24 +813,31 @@ def leave(runtime: Path, how: str) -> str:
     return done.stdout
 
 
-def test_at_the_end_the_directory_is_removed_and_a_forked_child_leaves_it(tmp_path: Path) -> None:
-    folder = leave(tmp_path, "end")
-    assert os.path.dirname(folder) == str(tmp_path)
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """One that leaves room for a socket's name: that of `tmp_path` may be too long."""
+    with tempfile.TemporaryDirectory(prefix="proctree-") as folder:
+        yield Path(folder)
+
+
+def test_at_the_end_the_directory_is_removed_and_a_forked_child_leaves_it(short_path: Path) -> None:
+    folder = leave(short_path, "end")
+    assert os.path.dirname(folder) == str(short_path)
     assert not os.path.exists(folder)
 
 
 def test_what_a_crash_left_is_removed_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = leave(tmp_path, "crash")
+    left = leave(short_path, "crash")
     assert os.listdir(left)
-    (tmp_path / "proctree-notify-file").touch()
-    (tmp_path / "proctree-notify-link").symlink_to(tmp_path)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (short_path / "proctree-notify-file").touch()
+    (short_path / "proctree-notify-link").symlink_to(short_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
     mine = notify_directory.make(False)
     try:
         assert not os.path.exists(left)
-        assert len(os.listdir(tmp_path)) == 3
+        assert len(os.listdir(short_path)) == 3
         other = notify_directory.make(False)
         other.remove()
         assert os.path.isdir(mine.path)

@@ -26,9 +26,10 @@ from proctree.channel import (
     Message,
     RemoteError,
     Server,
+    served,
 )
 from proctree.channel.lane import BATCH
-from proctree.channel.passed import MOST_FDS
+from proctree.channel.passed import MOST_FDS, SO_PASSRIGHTS
 from proctree.channel.served import LONG, MOST_NOTIFICATIONS
 
 __all__ = ["told", "warm"]
@@ -960,7 +961,28 @@ def test_descriptors_stay_open_until_they_are_sent() -> None:
         eventually(lambda: not is_open(number), "it is closed then")
 
 
-def test_descriptors_from_a_tree_are_not_installed() -> None:
+def refuses_descriptors() -> bool:
+    """Whether the kernel does that for us: SO_PASSRIGHTS."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(not refuses_descriptors(), reason="the kernel has no SO_PASSRIGHTS")
+def test_descriptors_from_a_tree_are_refused() -> None:
+    with Ends(echo()) as ends, ends.connect() as client, open(os.devnull) as file:
+        for sock in (client.sock, ends.door):
+            with pytest.raises(PermissionError):
+                socket.send_fds(sock, [b"n" * 16], [file.fileno()])
+        assert client.ask(1, ask("k"))[1]["key"] == "k"
+
+
+def test_descriptors_from_a_tree_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel does not refuse them."""
+    monkeypatch.setattr(served, "take_none", lambda _sock: None)
     reader, writer = os.pipe()
     with Ends(echo()) as ends, ends.connect() as client:
         before = len(os.listdir("/proc/self/fd"))
