@@ -28,6 +28,11 @@ class World:
         self.log: list[tuple[str, Any]] = []
         self.finished = 0
         self.shut = False
+        self.hurried = False
+        self.were_ready: set[str] = set()
+        self.not_wanted: set[str] = set()
+        self.restarts: list[float] = []
+        self.gave_up = False
 
     def do(self, actions: Actions) -> None:
         for action, payload in actions:
@@ -41,13 +46,28 @@ class World:
             assert payload.name not in self.alive, "launched while it runs"
             assert payload.name not in self.waiting, "launched while its timer is armed"
             assert not self.shut, "launched after the shutdown began"
+            assert payload.name not in self.not_wanted
+            if self.plan.stage is Stage.STARTING:
+                self._check_turn(payload)
             self.alive.add(payload.name)
         elif action in (Action.STOP, Action.STOP_NOW):
             assert payload.name in self.alive, "stopped while nothing runs of it"
+            if self.shut and not self.hurried:
+                behind = [name for name in self.alive if self._order(name) > payload.order]
+                assert behind == [], "stopped before those that were started after it"
         elif action is Action.ARM_BACKOFF:
             child, delay = payload
             assert not self.shut
             self.waiting[child.name] = delay
+            self.restarts.append(self.now)
+            assert not self._is_too_often(len(self.restarts))
+        elif action is Action.GIVE_UP:
+            assert not self.gave_up
+            self.gave_up = True
+            assert payload[0].name not in self.alive
+        elif action is Action.FORGET:
+            assert payload.name not in self.alive
+            assert payload.name not in self.waiting
         elif action is Action.DISARM_BACKOFF:
             del self.waiting[payload.name]
         elif action is Action.STOPPING:
@@ -59,9 +79,24 @@ class World:
             self.finished += 1
             assert self.finished == 1
 
+    def _order(self, name: str) -> int:
+        return self.plan.children[name].order
+
+    def _check_turn(self, child: Any) -> None:
+        for other in self.plan.children.values():
+            if other.order < child.order and other.phase is not Phase.DONE:
+                assert other.name in self.were_ready, "launched before the one before was ready"
+
+    def _is_too_often(self, count: int) -> bool:
+        rules = self.plan.rules
+        recent = sum(self.now - at <= rules.period for at in self.restarts)
+        return rules.restarts is not None and recent + count - len(self.restarts) > rules.restarts
+
     # -- what a test does
 
     def add(self, name: str, restart: Restart = Restart.ALWAYS) -> None:
+        self.were_ready.discard(name)
+        self.not_wanted.discard(name)
         self.do(self.plan.add(name, restart, NO_JITTER))
 
     def begin(self, *names: str, up: bool = True) -> None:
@@ -74,11 +109,29 @@ class World:
             self.log.clear()
 
     def ready(self, name: str) -> None:
+        self.were_ready.add(name)
         self.do(self.plan.ready(name, self.now))
 
     def ended(self, name: str, *, failed: bool = True, unwanted: bool = False) -> None:
         self.alive.discard(name)
+        if unwanted and not self.plan.children[name].again:
+            self.not_wanted.add(name)
+        starting, gave_up = self.plan.stage is Stage.STARTING, self.gave_up
         self.do(self.plan.ended(name, self.now, failed=failed, why="why", unwanted=unwanted))
+        if self.gave_up and not gave_up and not starting:
+            assert self._is_too_often(len(self.restarts) + 1)
+
+    def restart(self, name: str) -> None:
+        if self.plan.children[name].phase is Phase.DONE:
+            self.not_wanted.discard(name)
+        self.do(self.plan.restart(name))
+
+    def remove(self, name: str) -> None:
+        self.do(self.plan.remove(name))
+
+    def hurry(self) -> None:
+        self.hurried = True
+        self.do(self.plan.hurry())
 
     def due(self, name: str) -> None:
         del self.waiting[name]
@@ -146,7 +199,7 @@ def test_hurry_ends_all_at_the_same_time():
     w.begin("a", "b", "c")
     w.do(w.plan.shutdown(""))
     w.took()
-    w.do(w.plan.hurry())
+    w.hurry()
     assert w.took() == [("STOP_NOW", "a"), ("STOP_NOW", "b"), ("STOP_NOW", "c")]
     for name in ("b", "a", "c"):
         w.ended(name)
@@ -350,7 +403,7 @@ def test_what_is_added_during_the_first_start_waits_for_its_turn():
 def test_what_is_removed_is_stopped_and_forgotten():
     w = world()
     w.begin("a", "b")
-    w.do(w.plan.remove("a"))
+    w.remove("a")
     assert w.took() == [("STOP", "a")]
     w.ended("a")
     assert w.took() == [("FORGET", "a")]
@@ -362,7 +415,7 @@ def test_what_is_removed_while_it_waits_is_forgotten_at_once():
     w.begin("a", "b")
     w.ended("a")
     w.took()
-    w.do(w.plan.remove("a"))
+    w.remove("a")
     assert [action for action, _ in w.took()] == ["DISARM_BACKOFF", "FORGET"]
     assert w.waiting == {}
 
@@ -370,7 +423,7 @@ def test_what_is_removed_while_it_waits_is_forgotten_at_once():
 def test_a_restart_that_was_asked_for_does_not_count():
     w = world(restarts=0)
     w.begin("a")
-    w.do(w.plan.restart("a"))
+    w.restart("a")
     assert w.took() == [("STOP", "a")]
     w.ended("a")
     assert w.took() == [("LAUNCH", "a")]
@@ -381,7 +434,7 @@ def test_one_that_has_ended_for_good_can_be_restarted():
     w.begin("a")
     w.ended("a", unwanted=True)
     w.took()
-    w.do(w.plan.restart("a"))
+    w.restart("a")
     assert w.took() == [("LAUNCH", "a")]
 
 
@@ -399,7 +452,7 @@ def test_race_a_child_is_removed_while_its_group_restarts():
     w = world(Strategy.ONE_FOR_ALL)
     w.begin("a", "b", "c")
     w.ended("a")
-    w.do(w.plan.remove("b"))
+    w.remove("b")
     w.ended("c")
     w.ended("b")
     w.took()
@@ -415,7 +468,7 @@ def test_race_the_child_that_a_group_waits_for_is_removed():
     w.ended("a")
     w.ended("b")
     w.took()
-    w.do(w.plan.remove("a"))
+    w.remove("a")
     assert ("LAUNCH", "b") in w.took()
 
 
@@ -425,6 +478,137 @@ def test_race_ready_comes_after_the_stop():
     w.do(w.plan.shutdown(""))
     w.ready("a")
     assert w.phases() == {"a": "stopping"}
+
+
+def test_after_a_shutdown_nothing_begins():
+    w = world()
+    w.add("a")
+    w.do(w.plan.shutdown(""))
+    w.do(w.plan.begin())
+    assert w.plan.stage is Stage.CLOSED
+    assert w.phases() == {"a": "done"}
+    assert not w.plan.accepts
+
+
+def test_race_a_child_is_being_restarted_when_its_group_is():
+    """Its end is awaited, and then its turn: it is not lost, and not launched beside the others."""
+    w = world(Strategy.ONE_FOR_ALL)
+    w.begin("a", "b", "c")
+    w.restart("b")
+    w.ended("a")
+    assert [entry for entry in w.took() if entry[0] == "STOP"] == [("STOP", "b"), ("STOP", "c")]
+    w.due("a")
+    w.ended("c")
+    assert w.took() == []
+    w.ended("b")
+    assert w.took() == [("LAUNCH", "a")]
+    w.ready("a")
+    assert w.took() == [("LAUNCH", "b")]
+    w.ready("b")
+    assert w.took() == [("LAUNCH", "c")]
+
+
+def test_race_a_restart_is_asked_for_where_its_turn_comes_anyway():
+    w = world(Strategy.ONE_FOR_ALL)
+    w.begin("a", "b", "c")
+    w.ended("b")
+    w.took()
+    w.restart("a")
+    w.restart("c")
+    assert w.took() == []
+    w.restart("b")
+    assert w.took() == [("DISARM_BACKOFF", "b")]
+    w.ended("c")
+    w.ended("a")
+    assert w.took() == [("STOP", "a"), ("LAUNCH", "a")]
+    w.ready("a")
+    assert w.took() == [("LAUNCH", "b")]
+
+
+def test_a_restart_during_the_first_start():
+    w = world()
+    w.begin("a", "b", "c", up=False)
+    w.ready("a")
+    w.restart("c")
+    w.restart("b")
+    assert w.took() == [("LAUNCH", "a"), ("LAUNCH", "b"), ("STOP", "b")]
+    w.ended("b")
+    assert w.took() == [("LAUNCH", "b")]
+    w.ready("b")
+    assert w.took() == [("LAUNCH", "c")]
+
+
+def test_one_that_has_ended_for_good_and_is_restarted_meanwhile_waits_for_its_turn():
+    w = world()
+    w.begin("a", "b", "c", up=False)
+    w.ready("a")
+    w.ended("a", unwanted=True)
+    w.restart("a")
+    w.ready("b")
+    assert w.took() == [("LAUNCH", "a"), ("LAUNCH", "b"), ("LAUNCH", "a")]
+    w.ready("a")
+    assert w.took() == [("LAUNCH", "c")]
+
+
+def test_what_is_added_while_a_group_restarts_is_the_last_in_order():
+    w = world(Strategy.REST_FOR_ONE)
+    w.begin("a", "b")
+    w.ended("a")
+    w.took()
+    w.add("c")
+    assert w.took() == []
+    w.ended("b")
+    w.due("a")
+    w.ready("a")
+    w.ready("b")
+    assert w.took() == [("LAUNCH", "a"), ("LAUNCH", "b"), ("LAUNCH", "c")]
+
+
+def test_what_is_removed_during_the_shutdown_waits_for_its_turn():
+    w = world()
+    w.begin("a", "b")
+    w.do(w.plan.shutdown(""))
+    w.remove("a")
+    assert w.took() == [("STOPPING", ""), ("STOP", "b")]
+    w.ended("b")
+    w.ended("a")
+    assert w.took() == [("STOP", "a"), ("FORGET", "a"), ("FINISHED", None)]
+
+
+def test_the_shutdown_waits_for_one_that_is_being_stopped_already():
+    w = world()
+    w.begin("a", "b")
+    w.remove("b")
+    w.do(w.plan.shutdown(""))
+    assert w.took() == [("STOP", "b"), ("STOPPING", "")]
+    w.ended("b")
+    assert w.took() == [("FORGET", "b"), ("STOP", "a")]
+
+
+def test_race_one_is_not_wanted_any_more_while_its_group_restarts():
+    w = world(Strategy.ONE_FOR_ALL)
+    w.begin("a", "b", "c")
+    w.ended("a")
+    w.ended("c", unwanted=True)  # it was being stopped
+    w.ended("b", unwanted=True)  # it ended in that moment
+    w.due("a")
+    w.ready("a")
+    assert w.phases() == {"a": "up", "b": "done", "c": "done"}
+    assert w.plan.stage is Stage.RUNNING
+
+
+def test_it_has_not_started_while_one_waits_to_be_started_again_with_its_group():
+    w = world(Strategy.ONE_FOR_ALL)
+    w.add("a")
+    w.add("b", Restart.NEVER)
+    w.do(w.plan.begin())
+    w.ready("a")
+    w.ended("a")
+    w.ended("b")
+    assert ("STARTED", None) not in w.took()
+    w.due("a")
+    w.ready("a")
+    assert w.took() == [("LAUNCH", "a"), ("STARTED", None)]
 
 
 # -- anything that can happen
@@ -456,15 +640,15 @@ def happen(w: World, data: st.DataObject) -> None:
         case "due":
             w.due(name)
         case "remove":
-            w.do(w.plan.remove(name))
+            w.remove(name)
         case "restart":
-            w.do(w.plan.restart(name))
+            w.restart(name)
         case "add":
             w.add(name, data.draw(st.sampled_from(Restart)))
         case "shutdown":
             w.do(w.plan.shutdown("asked"))
         case "hurry":
-            w.do(w.plan.hurry())
+            w.hurry()
 
 
 def settle(w: World) -> None:

@@ -211,7 +211,9 @@ class Plan:
     # -- what is asked of the supervisor
 
     def begin(self) -> list[tuple[Action, Any]]:
-        """Start all children, in order."""
+        """Start all children, in order. After a shutdown nothing is started any more."""
+        if self.stage is not Stage.NEW:
+            return self._answer()
         self.stage = Stage.STARTING
         for child in self.children.values():
             self._starts.add(child)
@@ -221,11 +223,17 @@ class Plan:
         """One more child, the last in order."""
         self._orders += 1
         child = self.children[name] = Child(name, restart, backoff, self._orders)
-        if self.stage is Stage.STARTING:
+        if self.stage is Stage.STARTING or (self.stage is Stage.RUNNING and self._in_turns):
             self._starts.add(child)
         elif self.stage is Stage.RUNNING:
             self._launch(child)
         return self._answer()
+
+    @property
+    def _in_turns(self) -> bool:
+        """Whether a group is being restarted, in order."""
+        under_way = self._starting is not None or self._stopping is not None
+        return under_way or bool(self._starts or self._stops or self._held)
 
     def remove(self, name: str) -> list[tuple[Action, Any]]:
         """Stop it if it runs, and forget it."""
@@ -234,27 +242,33 @@ class Plan:
         child.again = False
         self._starts.discard(child)
         if child.phase in RUNNING:
-            self._stops.discard(child)
-            self._stop(child)
+            # A shutdown has an order, and comes to it.
+            if self.stage is not Stage.STOPPING:
+                self._stops.discard(child)
+                self._stop(child)
         elif child.phase is not Phase.STOPPING:
             self._rest(child)
             self._forget(child)
         return self._answer()
 
     def restart(self, name: str) -> list[tuple[Action, Any]]:
-        """Stop it if it runs, and start it at once. Not a restart that the intensity counts."""
+        """Stop it if it runs, and start it at once; or, where its turn comes anyway, in its turn.
+        Not a restart that the intensity counts."""
         child = self.children[name]
-        if self.stage is not Stage.RUNNING or child.goal is Goal.GONE:
+        if self.stage not in (Stage.STARTING, Stage.RUNNING) or child.goal is Goal.GONE:
             return self._answer()
-        child.goal = Goal.UP
-        if child.phase in RUNNING:
+        if child in self._held or (child.phase is Phase.DONE and self._in_turns):
+            self._rest(child)
+            self._starts.add(child)
+        elif child in self._starts:
+            pass
+        elif child.phase in RUNNING:
             child.again = True
             self._stop(child)
         elif child.phase is Phase.STOPPING:
             child.again = True
         else:
             self._rest(child)
-            self._starts.discard(child)
             self._launch(child)
         return self._answer()
 
@@ -302,7 +316,8 @@ class Plan:
         self._stops.discard(child)
         if child is self._stopping:
             self._stopping = None
-        if child is self._starting:
+        its_turn = child is self._starting
+        if its_turn:
             self._starting = None
         if child.goal is Goal.GONE:
             self._forget(child)
@@ -310,12 +325,15 @@ class Plan:
             self._finish(child)
         elif child.again:
             child.again = False
+            if its_turn:
+                self._starting = child
             self._launch(child)
         elif before is Phase.STOPPING or in_group:
-            if child.restart is Restart.NEVER:
-                # OTP does not restart a temporary child with its group either.
+            # OTP does not restart a temporary child with its group either.
+            if unwanted or child.restart is Restart.NEVER:
                 self._starts.discard(child)
                 self._finish(child)
+                self._consider_shutdown(child, unwanted)
         elif self.stage is Stage.STARTING and before is Phase.STARTING:
             self._give_up(child, why)
         else:
@@ -367,7 +385,7 @@ class Plan:
         again = child.restart is Restart.ALWAYS or (failed and child.restart is Restart.ON_FAILURE)
         if unwanted or not again:
             self._finish(child)
-            self._consider_shutdown(child)
+            self._consider_shutdown(child, True)
         elif not self._intensity.note(now):
             self._give_up(child, why)
         else:
@@ -389,7 +407,7 @@ class Plan:
         for other in self._group(child):
             if other.goal is not Goal.UP or other.phase is Phase.DONE:
                 continue
-            if other.phase in RUNNING:
+            if other.phase in (*RUNNING, Phase.STOPPING):
                 self._stops.add(other)
             elif other.phase is Phase.BACKOFF:
                 self._held.add(other)
@@ -405,9 +423,9 @@ class Plan:
             if other is not child and (everybody or other.order > child.order)
         ]
 
-    def _consider_shutdown(self, child: Child) -> None:
+    def _consider_shutdown(self, child: Child, by_itself: bool) -> None:
         auto = self.rules.auto_shutdown
-        if auto is AutoShutdown.ANY:
+        if auto is AutoShutdown.ANY and by_itself:
             self._shut_down(f"child {child.name!r} has ended")
         elif auto is AutoShutdown.ALL and self._all_done:
             self._shut_down("all children have ended")
@@ -436,7 +454,7 @@ class Plan:
             if child.goal is Goal.UP:
                 child.goal = Goal.DOWN
             child.again = False
-            if child.phase in RUNNING:
+            if child.phase in (*RUNNING, Phase.STOPPING):
                 self._stops.add(child)
             elif child.phase in (Phase.DOWN, Phase.BACKOFF):
                 self._rest(child)
@@ -450,6 +468,8 @@ class Plan:
             if child.phase in RUNNING:
                 self._stopping = child
                 self._stop(child)
+            elif child.phase is Phase.STOPPING:
+                self._stopping = child  # for another reason; but its turn it is
         if self._stops or self._stopping is not None:
             return
         if self.stage is Stage.STOPPING:
@@ -462,6 +482,6 @@ class Plan:
             if child.phase is Phase.DOWN:
                 self._starting = child
                 self._launch(child)
-        if self.stage is Stage.STARTING and not self._starts and self._starting is None:
+        if self.stage is Stage.STARTING and not self._in_turns:
             self.stage = Stage.RUNNING
             self._ask(Action.STARTED)
