@@ -81,8 +81,8 @@ class ChildSpec:
         tail: bytes of its output that are kept, to be shown when it makes its supervisor give up.
             Default 4096. With 0, output that goes nowhere else does not go through the supervisor.
         options: all others of `WatchedSubprocess`. What differs: `stdin` is DEVNULL by default,
-            `name` is the child's, and the variables NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID
-            of our own environment are not handed on.
+            except with `pty`, `name` is the child's, and the variables NOTIFY_SOCKET,
+            WATCHDOG_USEC and WATCHDOG_PID of our own environment are not handed on.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -135,7 +135,7 @@ class ChildSpec:
             notify=wanted if notify is None else to_flag(notify, "notify"),
             extension=to_limit(extension, "extension"),
             tail=_to_tail(tail),
-            options={"stdin": Stdio.DEVNULL, **options},
+            options=options if options.get("pty") else {"stdin": Stdio.DEVNULL, **options},
         )
         if wanted and not self.notify:
             raise ValueError("notify: False, but `ready` or `watchdog` needs a NOTIFY_SOCKET")
@@ -163,7 +163,7 @@ class ChildSpec:
 
         given = self.options.get(stream)
         needed = self.tail or isinstance(self.ready, OutputLine)
-        if given not in (None, Stdio.INHERIT, "inherit") or not needed or "pty" in self.options:
+        if given not in (None, Stdio.INHERIT, "inherit") or not needed or self.options.get("pty"):
             return given
         return Chunks(to_stdout if stream == "stdout" else to_stderr)
 
