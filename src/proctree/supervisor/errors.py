@@ -30,15 +30,18 @@ class ChildFailed(ProctreeError):
         outcome: Outcome | None = None,
         lines: tuple[str, ...] = (),
     ) -> None:
-        text = f"supervisor {supervisor!r}: child {child!r} {self.what}: {why}"
-        if lines:
-            text += "\nits last lines:\n" + "\n".join(f"    {line}" for line in lines)
-        super().__init__(text)
+        super().__init__(supervisor, child, why, outcome, lines)
         self.supervisor = supervisor
         self.child = child
         self.why = why
         self.outcome = outcome
         self.lines = lines
+
+    def __str__(self) -> str:
+        text = f"supervisor {self.supervisor!r}: child {self.child!r} {self.what}: {self.why}"
+        if self.lines:
+            text += "\nits last lines:\n" + "\n".join(f"    {line}" for line in self.lines)
+        return text
 
 
 class StartFailed(ChildFailed):
