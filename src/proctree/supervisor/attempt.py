@@ -37,7 +37,7 @@ class Owner(Protocol):
     """Who is told what becomes of a start."""
 
     def launched(self, attempt: Attempt) -> None:
-        """Its processes are being made: there is a tree id."""
+        """It begins: there is a tree id, unless its tree cannot even be thought of."""
 
     def began(self, attempt: Attempt) -> None:
         """Its main process runs."""
@@ -62,6 +62,8 @@ class Attempt:
         outcome: how it ended; None before that, and when it was not even launched.
         error: why it could not be started, or None.
         why: how it ended, for people.
+        stopping: the supervisor does not want it any more.
+        over: nothing of it runs any more, and nothing more is said.
     """
 
     def __init__(
@@ -79,23 +81,32 @@ class Attempt:
         self._owner = owner
         self._tail = tail
         self._probing = probing
-        self._over = False
+        self.over = False
         self._extended = 0.0
         self._socket: NotifySocket | None = None
         self._watchdog: Watchdog | None = None
-        self._unwanted = False
+        self._launched = False
+        self._ending = False
+        self.stopping = False
 
     # -- from the launch to being ready
 
     def launch(self) -> None:
         """Never raises: what fails is the end of the attempt."""
+        try:
+            self.handle = self.spec.make(self._tail)
+        except Exception as error:
+            self._owner.launched(self)
+            self._fail(error)
+            return
+        self._owner.launched(self)
         if self._probing is None:
             self._start(None)
         else:
             self._probing.prepare(self._start)
 
     def _start(self, trouble: str | None) -> None:
-        if self._over:
+        if self.over:
             return
         if trouble is not None:
             self._fail(ProctreeError(f"ready: {trouble}"))
@@ -106,7 +117,8 @@ class Attempt:
             self._fail(error)
 
     def _make(self) -> None:
-        handle = self.spec.make(self._tail)
+        handle = self.handle
+        assert handle is not None
         tree = handle._tree
         self._watch_lines(handle)
         environment = dict(tree.command.env)
@@ -127,9 +139,8 @@ class Attempt:
                 environment[name.encode()] = value.encode()
         tree.command = tree.command._replace(env=environment)
         tree.observers.append(self._happened)
-        self.handle = handle
-        self._owner.launched(self)
         tree.launch(self._loop)
+        self._launched = True
 
     @property
     def _as_another_user(self) -> bool:
@@ -171,13 +182,19 @@ class Attempt:
             self.become_ready()
 
     def become_ready(self) -> None:
-        """What was waited for has come."""
-        if self._over or self.handle is None:
-            return
+        """What was waited for has come. One that is ending is not ready, whatever answers."""
+        if not self.over and not self._ending and self._state is State.RUNNING:
+            self._be_ready()
+
+    def _be_ready(self) -> None:
         first, self.ready = not self.ready, True
         if first and self.spec.watchdog is not None:
             self._guard(self.spec.watchdog)
         self._owner.became_ready(self)
+
+    @property
+    def _state(self) -> State:
+        return State.NEW if self.handle is None else self.handle.state
 
     def not_ready(self, why: str) -> None:
         """Its time is over."""
@@ -190,7 +207,7 @@ class Attempt:
     # -- what it says
 
     def _received(self, said: Notification) -> None:
-        if self._over or self.handle is None:
+        if self.over or self.handle is None:
             return
         if said.status is not None:
             self.status = said.status
@@ -212,7 +229,7 @@ class Attempt:
 
     def _said_ready(self) -> None:
         if self.ready:
-            self._owner.became_ready(self)  # it has read its configuration again
+            self.become_ready()  # it has read its configuration again
         elif self._probing is not None and isinstance(self.spec.ready, Notified):
             self._probing.arrived()
 
@@ -244,18 +261,20 @@ class Attempt:
 
     def stop(self, detail: str, policy: KillPolicy | None) -> None:
         """The supervisor does not want it any more."""
-        self._unwanted = True
-        if self.handle is not None:
+        self.stopping = True
+        if self._launched:
             self.end(Reason.KILLED, detail, policy)
-        elif self._probing is not None:
+        else:
             # What is looked at before the launch may take its time. Not at once, because who asks
             # is in the middle of what the plan wanted.
-            self._probing.stop()
+            if self._probing is not None:
+                self._probing.stop()
             self._loop.post(lambda: self._fail(None))
 
     def end(self, reason: Reason, detail: str, policy: KillPolicy | None = None) -> None:
         """Ends the tree, and says why."""
         assert self.handle is not None
+        self._ending = True
         if self._watchdog is not None:
             self._watchdog.stop()
         self.handle._tree.kill(self._loop, reason, detail, policy)
@@ -266,8 +285,10 @@ class Attempt:
         assert outcome is not None
         self.error = self.handle._tree.start_error
         ready = self.spec.ready
-        if isinstance(ready, Completed) and self.succeeded(outcome):
-            self.become_ready()
+        for captured in (outcome.stdout, outcome.stderr):
+            self._tail.feed(captured or b"")
+        if isinstance(ready, Completed) and not self._ending and self.succeeded(outcome):
+            self._be_ready()
         by_itself = outcome.reason in (Reason.EXITED, Reason.SIGNALED)
         if ready is not None and not self.ready and by_itself:
             detail = f"it ended before it was ready: {ready.describe()}{self._trouble()}"
@@ -287,12 +308,12 @@ class Attempt:
     @property
     def failed(self) -> bool:
         """Whether it has ended as it should not have. To be stopped is no failure."""
-        return not self._unwanted and (self.outcome is None or not self.succeeded(self.outcome))
+        return not self.stopping and (self.outcome is None or not self.succeeded(self.outcome))
 
     def _end(self) -> None:
-        if self._over:
+        if self.over:
             return
-        self._over = True
+        self.over = True
         if self._probing is not None:
             self._probing.stop()
         if self._socket is not None:
