@@ -801,11 +801,19 @@ def test_it_is_stopped_while_something_is_looked_at_before_its_start(heard):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         supervisor = Supervisor([ChildSpec("it", SLEEP, ready=Http(url))])
-        thread = threading.Thread(target=supervisor.start)
+        raised: queue.Queue[Any] = queue.Queue()
+
+        def start() -> None:
+            with pytest.raises(proctree.ProctreeError) as stopped:
+                supervisor.start()
+            raised.put(stopped.value)
+
+        thread = threading.Thread(target=start)
         thread.start()
         connection, _ = silent.accept()
         supervisor.stop()
         heard.until_stopped()
+        assert "stopped before all of its children were ready" in str(raised.get(timeout=DEADLINE))
         thread.join(DEADLINE)
         connection.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import sys
@@ -15,8 +16,8 @@ from typing import Any, ClassVar, TypeVar
 
 import attrs
 
+from proctree import events, subscriptions, transitions
 from proctree import loop as _loop
-from proctree import subscriptions, transitions
 from proctree.errors import ProctreeError
 from proctree.latch import Latch
 from proctree.loop import Timer
@@ -104,6 +105,7 @@ class _Child:
 
     def launch(self) -> None:
         self.starts += 1
+        self.unwanted = False
         loop = self._supervisor.loop
         self.attempt = Attempt(loop, self.spec, self.tail, self._probing, self)
         self.attempt.launch()
@@ -145,12 +147,16 @@ class _Child:
         outcome = attempt.outcome
         self._tell(
             happenings.ChildEnded,
-            Reason.EXEC_FAILED if outcome is None else outcome.reason,
+            _reason_without_outcome(attempt) if outcome is None else outcome.reason,
             attempt.why if outcome is None else outcome.detail,
             None if outcome is None else outcome.returncode,
             attempt.failed,
         )
         self._supervisor.ended(self)
+
+    @property
+    def runs(self) -> bool:
+        return self.attempt is not None and not self.attempt.over
 
     def _probed_ready(self) -> None:
         assert self.attempt is not None
@@ -191,6 +197,13 @@ class _Child:
         )
 
 
+def _reason_without_outcome(attempt: Attempt) -> Reason:
+    return Reason.KILLED if attempt.error is None else Reason.EXEC_FAILED
+
+
+Decision = list[tuple[Action, Any]]
+
+
 class _Running:
     """The plan, bound to the loop and to the children. Everything on the loop's thread."""
 
@@ -200,7 +213,11 @@ class _Running:
         self.loop = _loop.get()
         self.plan = Plan(rules)
         self.children: dict[str, _Child] = {}
-        self.failure: ChildFailed | None = None
+        self.failure: ProctreeError | None = None
+        self.asked = False
+        """To start, or to stop: then there will be an end."""
+        self.started = False
+        self.stopped_for = ""
         self.up = Latch()
         self.closed = Latch()
         self.manager: Manager | None = None
@@ -209,7 +226,8 @@ class _Running:
         self._backoffs: dict[str, Timer] = {}
         self._deadline: Timer | None = None
         self._acting = False
-        self._actions: list[tuple[Action, Any]] = []
+        self._actions: Decision = []
+        self._defective = False
 
     def now(self) -> float:
         return time.monotonic()
@@ -238,23 +256,63 @@ class _Running:
     def tell(self, kind: Callable[..., Any], *values: Any) -> None:
         subscriptions.publish(kind(self.name, *values, transitions.now()))
 
-    def act(self, actions: list[tuple[Action, Any]]) -> None:
-        """Does what the plan asks for, in order: what comes of one action waits for the others."""
-        self._actions += actions
+    def act(self, decide: Callable[..., Decision], *args: Any, **facts: Any) -> None:
+        """Asks the plan and does what it wants, in order: what comes of one action waits for the
+        others."""
+        if self._defective:
+            self._look_for_end()
+            return
+        with self._guarded(decide.__name__):
+            self._actions += decide(*args, **facts)
         if self._acting:
             return
         self._acting = True
-        try:
-            while self._actions:
-                action, payload = self._actions.pop(0)
+        while self._actions:
+            action, payload = self._actions.pop(0)
+            with self._guarded(action.value):
                 self._DO[action](self, payload)
-        finally:
-            self._acting = False
+        self._acting = False
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            events.error(
+                "supervisor.defect", supervisor=self.name, at=what, error=repr(error), exc_info=True
+            )
+            if not self._defective:
+                self._abandon(what, error)
+
+    def _abandon(self, what: str, error: Exception) -> None:
+        """Ours to mend, but until then it must not leave a tree that nobody ends, nor anybody
+        waiting: the plan is not to be believed any more, so all is ended without it."""
+        self._defective = True
+        self.plan.stage = Stage.CLOSED
+        self.failure = ProctreeError(
+            f"supervisor {self.name!r} has a defect (at {what}: {error!r}) and ended its children"
+        )
+        self._actions.clear()
+        for timer in self._backoffs.values():
+            timer.cancel()
+        for child in self.children.values():
+            if child.attempt is not None and child.runs:
+                child.attempt.stop("its supervisor has a defect", KillPolicy.now())
+        self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        if self.closed.is_set() or any(child.runs for child in self.children.values()):
+            return
+        for child in self.children.values():
+            self._release(child, self._start_failed(child, "its supervisor has a defect"))
+            for resolve in child.gone:
+                resolve()
+        self._finished(None)
 
     # -- what happens to children
 
     def ready(self, child: _Child) -> None:
-        self.act(self.plan.ready(child.spec.name, self.now()))
+        self.act(self.plan.ready, child.spec.name, self.now())
         self._release(child, None)
 
     def ended(self, child: _Child) -> None:
@@ -263,13 +321,12 @@ class _Running:
         if not attempt.ready:
             self._release(child, self._start_failed(child, attempt.why))
         self.act(
-            self.plan.ended(
-                child.spec.name,
-                self.now(),
-                failed=attempt.failed,
-                why=attempt.why,
-                unwanted=child.unwanted,
-            )
+            self.plan.ended,
+            child.spec.name,
+            self.now(),
+            failed=attempt.failed,
+            why=attempt.why,
+            unwanted=child.unwanted,
         )
 
     def _start_failed(self, child: _Child, why: str) -> StartFailed:
@@ -294,7 +351,8 @@ class _Running:
     def _end(self, planned: Planned, policy: KillPolicy | None) -> None:
         child = self.children[planned.name]
         assert child.attempt is not None
-        child._tell(happenings.ChildStopping)
+        if not child.attempt.stopping:
+            child._tell(happenings.ChildStopping)
         child.attempt.stop(self._stop_why or "stopped by its supervisor", policy)
 
     def _arm_backoff(self, payload: tuple[Planned, float]) -> None:
@@ -303,7 +361,11 @@ class _Running:
         assert child.attempt is not None
         why = child.attempt.why
         self.tell(happenings.ChildRestarting, planned.name, planned.restarts, delay, why)
-        due = lambda: self.act(self.plan.backoff_due(planned.name))  # noqa: E731
+
+        def due() -> None:
+            del self._backoffs[planned.name]
+            self.act(self.plan.backoff_due, planned.name)
+
         self._backoffs[planned.name] = self.loop.call_later(delay, due)
 
     def _disarm_backoff(self, planned: Planned) -> None:
@@ -311,7 +373,6 @@ class _Running:
 
     def _forget(self, planned: Planned) -> None:
         child = self.children.pop(planned.name)
-        self._backoffs.pop(planned.name, None)
         self._release(child, self._start_failed(child, "it was removed"))
         for resolve in child.gone:
             resolve()
@@ -322,6 +383,7 @@ class _Running:
         self.tell(happenings.ChildDone, planned.name)
 
     def _started(self, _nothing: None) -> None:
+        self.started = True
         self.tell(happenings.SupervisorStarted, len(self.children))
         if self.manager is not None:
             self.manager.started(len(self.children))
@@ -341,6 +403,7 @@ class _Running:
         self.tell(happenings.ChildDone, planned.name)
 
     def _stopping(self, why: str) -> None:
+        self.stopped_for = why
         self._stop_why = f"its supervisor stops: {why}" if why else ""
         self.tell(happenings.SupervisorStopping, why)
         if self.manager is not None:
@@ -348,7 +411,7 @@ class _Running:
         self._deadline = self.loop.call_later(self._stop_timeout, self._hurry)
 
     def _hurry(self) -> None:
-        self.act(self.plan.hurry())
+        self.act(self.plan.hurry)
 
     def _finished(self, _nothing: None) -> None:
         if self._deadline is not None:
@@ -431,15 +494,20 @@ class Supervisor:
         self._running = _Running(name, rules, to_seconds(stop_timeout, "stop_timeout"))
         for spec in specs:
             self._insert(spec)
-        self._begun = False
         self._asked = False
-        self._lock = threading.Lock()
+        # Taking the token is one atomic step, so that only one start wins; and no lock, which a
+        # signal handler would wait for in the thread that has it.
+        self._token = [object()]
 
-    def _insert(self, spec: ChildSpec) -> _Child:
+    def _insert(
+        self, spec: ChildSpec, up: Callable[[Exception | None], None] | None = None
+    ) -> None:
+        """`up` is told before this returns when its start fails at once."""
         running = self._running
         child = running.children[spec.name] = _Child(running, spec)
-        running.act(running.plan.add(spec.name, spec.restart, spec.backoff))
-        return child
+        if up is not None:
+            child.up.append(up)
+        running.act(running.plan.add, spec.name, spec.restart, spec.backoff)
 
     @property
     def name(self) -> str:
@@ -453,22 +521,42 @@ class Supervisor:
         Raises:
             StartFailed: one could not be started, or ended before it was ready. Those that had been
                 started have been stopped.
-            ProctreeError: it was started before.
+            ProctreeError: it was started before; or it stopped before all were ready.
         """
-        with self._lock:
-            if self._begun:
-                raise ProctreeError(f"supervisor {self.name!r} was started before")
-            self._begun = True
+        self._take_token()
+        if not self._begin():
+            why = self._running.stopped_for
+            raise ProctreeError(
+                f"supervisor {self.name!r} stopped before all of its children were ready"
+                + (f": {why}" if why else "")
+            )
+
+    def _take_token(self) -> None:
+        self._running.require_owner()
+        try:
+            self._token.pop()
+        except IndexError:
+            raise ProctreeError(f"supervisor {self.name!r} was started before") from None
+        self._running.asked = True
+
+    def _begin(self) -> bool:
+        """Returns False when it was stopped before all were ready."""
         running = self._running
         try:
-            running.post(lambda: running.act(running.plan.begin()))
+            running.post(lambda: running.act(running.plan.begin))
             running.up.wait()
         except BaseException:
             self._end_quietly()
             raise
-        if isinstance(running.failure, StartFailed):
+        if not running.started:
             self._wait_out()
-            raise running.failure
+            self._raise_failure()
+        return running.started
+
+    def _raise_failure(self) -> None:
+        """A copy: one exception that is raised again and again grows by a traceback each time."""
+        if self._running.failure is not None:
+            raise copy.copy(self._running.failure)
 
     def run(self) -> None:
         """`start`, and `wait` until it ends: by itself, by `stop`, or by SIGTERM or SIGINT, of
@@ -483,11 +571,18 @@ class Supervisor:
             IntensityExceeded: it gave up.
             ProctreeError: it was started before.
         """
+        self._take_token()
         running = self._running
         running.manager = Manager(running.loop)
         with self._signals():
-            self.start()
-            self.wait()
+            try:
+                if self._begin():
+                    self.wait()
+            except BaseException:
+                # What a signal handler of somebody else's raises would leave children that nobody
+                # waits for.
+                self._end_quietly()
+                raise
 
     def main(self) -> int:
         """`run` for a program that does nothing else.
@@ -499,7 +594,10 @@ class Supervisor:
         try:
             self.run()
         except ChildFailed as failure:
-            print(f"proctree: {failure}", file=sys.stderr)
+            # There may be no standard error, or nobody who reads it: the status says it too.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(f"proctree: {failure}\n")
+                sys.stderr.flush()
             return EXIT_FAILED
         return 0
 
@@ -510,24 +608,31 @@ class Supervisor:
             return
 
         def end(signo: int, _frame: FrameType | None) -> None:
-            if self._asked:
+            if os.getpid() != self._running.owner_pid:
+                # A fork of us has our handlers and none of our children: it is meant itself.
+                signal.signal(signo, before[signal.Signals(signo)])
+                signal.raise_signal(signo)
+            elif self._asked:
                 self.stop_now()
             else:
                 self._asked = True
                 self._shut_down(f"got {signal.Signals(signo).name}")
 
         self._asked = False
-        before = {signo: signal.getsignal(signo) for signo in (signal.SIGTERM, signal.SIGINT)}
+        before: dict[signal.Signals, Any] = {}
+        for signo in (signal.SIGTERM, signal.SIGINT):
+            handler = signal.getsignal(signo)
+            # nohup(1) and shells have them ignored for jobs in the background: so it stays. None is
+            # a handler that is not Python's, and could not be given back.
+            if handler is not signal.SIG_IGN and handler is not None:
+                before[signo] = handler
         try:
-            for signo, handler in before.items():
-                # nohup(1) and shells have them ignored for jobs in the background: so it stays.
-                if handler is not signal.SIG_IGN:
-                    signal.signal(signo, end)
+            for signo in before:
+                signal.signal(signo, end)
             yield
         finally:
             for signo, handler in before.items():
-                if handler is not signal.SIG_IGN:
-                    signal.signal(signo, handler)
+                signal.signal(signo, handler)
 
     # -- while it runs
 
@@ -544,7 +649,7 @@ class Supervisor:
                 policy goes on all the same.
             ProctreeError: the supervisor stops, or has stopped.
         """
-        _to_spec(spec)
+        _to_spec(spec, "spec")
         done = Latch()
         errors: list[Exception] = []
 
@@ -554,16 +659,17 @@ class Supervisor:
             done.set()
 
         def insert() -> None:
-            if spec.name in self._running.children:
-                raise ValueError(f"name: there is a child called {spec.name!r}")
+            present = self._running.children.get(spec.name)
+            if present is not None:
+                still = ", which is being removed" if present.gone else ""
+                raise ValueError(f"name: there is a child called {spec.name!r}{still}")
             if not self._running.plan.accepts:
                 raise ProctreeError(f"supervisor {self.name!r} is stopping: nothing can be added")
-            starts = self._running.plan.stage is not Stage.NEW
-            child = self._insert(spec)
-            if not wait or not starts or (child.attempt is not None and child.attempt.ready):
-                done.set()
+            if wait and self._running.plan.stage is not Stage.NEW:
+                self._insert(spec, resolve)
             else:
-                child.up.append(resolve)
+                self._insert(spec)
+                done.set()
 
         self._ask(insert)
         done.wait()
@@ -585,20 +691,31 @@ class Supervisor:
         def remove() -> None:
             running = self._running
             running.children[name].gone.append(done.set)
-            running.act(running.plan.remove(name))
+            running.act(running.plan.remove, name)
 
         self._ask(remove)
         if wait:
             done.wait()
 
     def restart(self, name: str) -> None:
-        """Stops a child if it runs, and starts it at once; returns before that is done. The restart
-        intensity does not count it.
+        """Stops a child if it runs, and starts it at once, or in its turn if it has one; returns
+        before that is done. The restart intensity does not count it.
 
         Raises:
             KeyError: there is no such child.
+            ProctreeError: the supervisor was not started, stops, or has stopped.
         """
-        self._ask(lambda: self._running.act(self._running.plan.restart(name)))
+
+        def restart() -> None:
+            running = self._running
+            _known = running.children[name]
+            if running.plan.stage is Stage.NEW:
+                raise ProctreeError(f"supervisor {self.name!r} was not started")
+            if not running.plan.accepts:
+                raise ProctreeError(f"supervisor {self.name!r} is stopping: nothing is restarted")
+            running.act(running.plan.restart, name)
+
+        self._ask(restart)
 
     def children(self) -> tuple[ChildInfo, ...]:
         """All children as they are now, in the order of their start."""
@@ -651,11 +768,13 @@ class Supervisor:
 
     def _shut_down(self, why: str) -> None:
         running = self._running
-        running.post(lambda: running.act(running.plan.shutdown(why)))
+        running.asked = True
+        running.post(lambda: running.act(running.plan.shutdown, why))
 
     def stop_now(self) -> None:
         """Asks for the end of all children at once, by SIGKILL, and returns. May be called in a
         signal handler, and while `stop` is under way."""
+        self._running.asked = True
         self._running.post(self._running._hurry)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -669,12 +788,15 @@ class Supervisor:
 
         Raises:
             IntensityExceeded, StartFailed: it gave up.
+            RuntimeError: without a timeout, and it was neither started nor stopped.
         """
         seconds = None if timeout is None else to_seconds(timeout, "timeout")
         self._running.require_owner()
+        if timeout is None and not self._running.asked:
+            raise RuntimeError(f"supervisor {self.name!r} was not started: nothing to wait for")
         ended = self._running.closed.wait(seconds)
-        if ended and self._running.failure is not None:
-            raise self._running.failure
+        if ended:
+            self._raise_failure()
         return ended
 
     def __enter__(self) -> Supervisor:
@@ -691,8 +813,8 @@ class Supervisor:
         and nothing else is being raised."""
         self.stop("left the with block")
         self._wait_out()
-        if kind is None and self._running.failure is not None:
-            raise self._running.failure
+        if kind is None:
+            self._raise_failure()
 
     def _wait_out(self) -> None:
         """An impatient interrupt makes the end come at once, and then goes on."""
@@ -713,7 +835,7 @@ class Supervisor:
         return f"<Supervisor {self.name!r} {running.plan.stage}, {len(running.children)} children>"
 
 
-def _to_spec(value: Any) -> ChildSpec:
+def _to_spec(value: Any, argument: str = "children") -> ChildSpec:
     if not isinstance(value, ChildSpec):
-        raise TypeError(f"children: a ChildSpec, not {value!r}")
+        raise TypeError(f"{argument}: a ChildSpec, not {value!r}")
     return value
