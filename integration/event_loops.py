@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import types
 from collections.abc import Callable, Collection, Coroutine, Generator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 ASYNCIO, UVLOOP, TRIO = "asyncio", "uvloop", "trio"
@@ -22,6 +24,14 @@ def run_in(name: str, function: Callable[..., Coroutine[Any, Any, Any]], *args: 
         pytest.skip("there is no uvloop here")
     options = {"use_uvloop": name == UVLOOP}
     return anyio.run(function, *args, backend="asyncio", backend_options=options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uvloop_is_set_up() -> None:
+    """For the modules that import it: uvloop has a pipe for signals, which belongs to the process
+    and not to the first test."""
+    with contextlib.suppress(pytest.skip.Exception):
+        run_in(UVLOOP, anyio.lowlevel.checkpoint)
 
 
 @types.coroutine

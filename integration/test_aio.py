@@ -31,7 +31,15 @@ from integration.conftest import (
     living,
     start_supervisor,
 )
-from integration.event_loops import ASYNCIO, NAMES, TRIO, UVLOOP, interrupted, run_in
+from integration.event_loops import (  # noqa: F401
+    ASYNCIO,
+    NAMES,
+    TRIO,
+    UVLOOP,
+    interrupted,
+    run_in,
+    uvloop_is_set_up,
+)
 from proctree import KillPolicy, Reason, Stage, aio
 from proctree.aio.reading import BLOCK
 from proctree.output import PENDING_MAX
@@ -51,13 +59,6 @@ PATIENT = KillPolicy((Stage(signal.SIGTERM, 1000.0),))
 @pytest.fixture(params=NAMES)
 def loop_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uvloop_is_set_up() -> None:
-    """It has a pipe for signals, which belongs to the process and not to the first test."""
-    with contextlib.suppress(pytest.skip.Exception):
-        run_in(UVLOOP, anyio.lowlevel.checkpoint)
 
 
 @pytest.fixture

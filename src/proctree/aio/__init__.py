@@ -29,5 +29,6 @@ except ImportError as error:
 from proctree.aio.group import TreeGroup
 from proctree.aio.process import PIPE, Process, open_process, run
 from proctree.aio.subscribed import events
+from proctree.aio.supervision import supervise
 
-__all__ = ["PIPE", "Process", "TreeGroup", "events", "open_process", "run"]
+__all__ = ["PIPE", "Process", "TreeGroup", "events", "open_process", "run", "supervise"]

@@ -23,7 +23,7 @@ from proctree import eventloops
 from proctree import loop as _loop
 from proctree import tree as _tree
 from proctree.aio.reading import ChunkReader, LineReader, Source
-from proctree.aio.waking import Bell, unbroken
+from proctree.aio.waking import Bell, unbroken, wait_out
 from proctree.command import Target
 from proctree.errors import ProctreeError, TreeFailed
 from proctree.lifecycle import State
@@ -237,26 +237,8 @@ class Process:
         await self._wait_out(exception)
 
     async def _wait_out(self, exception: BaseException | None) -> None:
-        """Waits for the end of a tree that was killed, whatever else comes. The second interruption
-        has it end at once; what interrupted us here is raised when it has ended."""
-        interrupted = exception is not None and not isinstance(exception, Exception)
-        first: BaseException | None = None
-        while not self._has_ended():
-            try:
-                with anyio.CancelScope(shield=True):
-                    await self._bell.wait_until(self._has_ended)
-            except (Exception, GeneratorExit):
-                raise
-            except BaseException as another:
-                # What no anyio scope keeps off: Task.cancel() of asyncio, as by the first Ctrl-C
-                # and by asyncio.timeout(), and the KeyboardInterrupt of trio.
-                if interrupted:
-                    self._handle.kill(KillPolicy.now())
-                interrupted = True
-                if first is None:
-                    first = another
-        if first is not None:
-            raise first
+        at_once = partial(self._handle.kill, KillPolicy.now())
+        await wait_out(self._bell, self._has_ended, at_once, exception)
 
     def __del__(self) -> None:
         # Nobody has left the block, and nobody can: a task that was thrown away, an exit stack that

@@ -68,6 +68,39 @@ class Bell:
                     self._sleepers.remove(entry)
 
 
+async def wait_out(
+    bell: Bell,
+    has_ended: Callable[[], bool],
+    at_once: Callable[[], None],
+    exception: BaseException | None,
+) -> None:
+    """Waits for the end of what was asked to end, whatever else comes; what interrupted this is
+    raised when it has ended.
+
+    Args:
+        at_once: called at the second interruption.
+        exception: what is being raised meanwhile, which may be the first one.
+    """
+    interrupted = exception is not None and not isinstance(exception, Exception)
+    first: BaseException | None = None
+    while not has_ended():
+        try:
+            with anyio.CancelScope(shield=True):
+                await bell.wait_until(has_ended)
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException as another:
+            # What no anyio scope keeps off: Task.cancel() of asyncio, as by the first Ctrl-C and by
+            # asyncio.timeout(), and the KeyboardInterrupt of trio.
+            if interrupted:
+                at_once()
+            interrupted = True
+            if first is None:
+                first = another
+    if first is not None:
+        raise first
+
+
 def unbroken(function: Any) -> Any:
     """The coroutine function as it is to be called in this event loop so that no KeyboardInterrupt
     comes between two of its bytecodes: trio raises one in whatever runs in the main thread. It

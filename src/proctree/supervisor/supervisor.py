@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import attrs
 
@@ -220,6 +220,8 @@ class _Running:
         self.stopped_for = ""
         self.up = Latch()
         self.closed = Latch()
+        self.observers: list[Callable[[], None]] = []
+        """Called when `up` or `closed` has been set. Must not block, nor raise."""
         self.manager: Manager | None = None
         self._stop_timeout = stop_timeout
         self._stop_why = ""
@@ -309,6 +311,10 @@ class _Running:
                 resolve()
         self._finished(None)
 
+    def begin(self) -> None:
+        """From any thread."""
+        self.post(lambda: self.act(self.plan.begin))
+
     # -- what happens to children
 
     def ready(self, child: _Child) -> None:
@@ -388,6 +394,7 @@ class _Running:
         if self.manager is not None:
             self.manager.started(len(self.children))
         self.up.set()
+        self._turn()
 
     def _give_up(self, payload: tuple[Planned, str]) -> None:
         planned, why = payload
@@ -421,6 +428,11 @@ class _Running:
         self.tell(happenings.SupervisorStopped)
         self.closed.set()
         self.up.set()
+        self._turn()
+
+    def _turn(self) -> None:
+        for observer in tuple(self.observers):
+            observer()
 
     _DO: ClassVar[dict[Action, Callable[[_Running, Any], None]]] = {
         Action.LAUNCH: _launch,
@@ -525,11 +537,14 @@ class Supervisor:
         """
         self._take_token()
         if not self._begin():
-            why = self._running.stopped_for
-            raise ProctreeError(
-                f"supervisor {self.name!r} stopped before all of its children were ready"
-                + (f": {why}" if why else "")
-            )
+            self._raise_stopped()
+
+    def _raise_stopped(self) -> NoReturn:
+        why = self._running.stopped_for
+        raise ProctreeError(
+            f"supervisor {self.name!r} stopped before all of its children were ready"
+            + (f": {why}" if why else "")
+        )
 
     def _take_token(self) -> None:
         self._running.require_owner()
@@ -543,7 +558,7 @@ class Supervisor:
         """Returns False when it was stopped before all were ready."""
         running = self._running
         try:
-            running.post(lambda: running.act(running.plan.begin))
+            running.begin()
             running.up.wait()
         except BaseException:
             self._end_quietly()
