@@ -201,13 +201,15 @@ def test_without_threads_a_call_is_late_and_the_next_one_waits(aside, no_threads
 
 def test_without_threads_and_without_hope_a_call_fails(aside, gate, no_threads, monkeypatch):
     monkeypatch.setattr(worker, "try_later", None)
-    (result,) = call(aside, lambda: None).wait_for()
+    began: list[int] = []
+    (result,) = call(aside, lambda: began.append(1)).wait_for()
     assert result == Raised("no thread to call it on: can't start new thread")
     assert not on_loop(lambda: aside.busy or aside.awaited)
-    # The worker has kept the job. That it comes to its turn now must not end another call's.
+    # It must not come to its turn now, and end another call's.
     no_threads()
     assert call(aside, gate.wait, 0.2).wait_for() == [TimedOut("not done within 0.2 s")]
     assert on_loop(lambda: aside.busy)
+    assert began == []
 
 
 def test_what_the_function_held_and_raised_is_not_kept(aside):

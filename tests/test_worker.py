@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
+
 from proctree import worker as worker_module
 from proctree.worker import Worker
 
@@ -136,3 +138,56 @@ def test_a_thread_that_is_idle_is_used_again():
         before = threading.active_count()
         flush(Worker())
         assert threading.active_count() <= before
+
+
+def refuse_threads(
+    monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object] = lambda: None
+) -> None:
+    """None can be had any more, and nobody tries again later; `meanwhile` is what happens until
+    that is known."""
+    start = threading.Thread.start
+
+    def refusing(self: threading.Thread) -> None:
+        if not self.name.startswith("proctree-callbacks"):
+            start(self)
+            return
+        meanwhile()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(worker_module, "try_later", None)
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+
+
+def test_a_job_that_was_refused_never_runs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker_module, "_threads", worker_module._Threads())
+    ran: list[str] = []
+    worker = Worker()
+    with monkeypatch.context() as refused:
+        refuse_threads(refused)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            worker_module.run(lambda: ran.append("run"))
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            worker.post(lambda: ran.append("post"))
+    flush(worker)
+    flush(Worker())
+    assert ran == []
+
+
+def test_a_job_that_a_busy_thread_has_taken_was_not_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker_module, "_threads", worker_module._Threads())
+    busy, done = threading.Event(), threading.Event()
+    gate = threading.Event()
+
+    def job() -> None:
+        busy.set()
+        gate.wait(LONG)
+
+    worker_module.run(job)
+    assert busy.wait(LONG)
+
+    def meanwhile() -> None:
+        gate.set()
+        assert done.wait(LONG)
+
+    refuse_threads(monkeypatch, meanwhile)
+    worker_module.run(done.set)

@@ -36,8 +36,23 @@ class _Threads:
         with self._lock:
             self._jobs.append(job)
             wanted = self._call()
-        if wanted:
+        if not wanted:
+            return
+        try:
             self._start()
+        except RuntimeError:
+            # Whoever is told that it does not run must be able to rely on that.
+            if self._take_back(job):
+                raise
+
+    def _take_back(self, job: Job) -> bool:
+        """False when a thread that was busy until now has taken it after all."""
+        with self._lock:
+            for place, waiting in enumerate(self._jobs):
+                if waiting is job:
+                    del self._jobs[place]
+                    return True
+        return False
 
     def _call(self) -> bool:
         """With the lock: has one more thread come if there is work for it; returns whether it has
@@ -125,7 +140,7 @@ def run(job: Job) -> None:
     """Runs a job that must not raise on a thread that is nobody else's meanwhile. Does not block.
 
     Raises:
-        RuntimeError: there is no thread for it, and no loop to try again later.
+        RuntimeError: there is no thread for it, and no loop to try again later: it does not run.
     """
     _threads.run(job)
 
@@ -143,13 +158,24 @@ class Worker:
         self._thread: int | None = None
 
     def post(self, job: Job) -> None:
-        """Does not block."""
+        """Does not block.
+
+        Raises:
+            RuntimeError: as `run`.
+        """
         with self._lock:
             self._jobs.append(job)
             if self._running:
                 return
             self._running = True
-        run(self._drain)
+        try:
+            run(self._drain)
+        except RuntimeError:
+            with self._lock:
+                # There was none before it, or it would have been running.
+                self._jobs.popleft()
+                self._running = False
+            raise
 
     def is_current_thread(self) -> bool:
         """Whether the caller is one of this worker's own jobs."""

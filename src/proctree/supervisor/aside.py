@@ -163,7 +163,6 @@ class Aside:
         try:
             worker.run(partial(self._work, asked))
         except RuntimeError as error:
-            asked.function = None
             failure = Raised(f"no thread to call it on: {error}")
             self._loop.post(partial(self._returned, asked, failure))
 
@@ -181,8 +180,6 @@ class Aside:
         self._loop.post(partial(self._returned, asked, result))
 
     def _returned(self, asked: _Asked[Any], result: Any) -> None:
-        if self._under_way is not asked:
-            return  # there was no thread for it, and then there was one after all
         self._under_way = None
         if self._awaited is asked:
             self._drop(asked)
