@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from proctree import Cut, Lines
 from proctree.output import (
+    LINES_AT_ONCE,
     PENDING_MAX,
     CallbackErrors,
     CallbackSink,
@@ -246,6 +247,20 @@ def test_many_small_pieces_stop_the_reading_too():
     assert pieces < 50_000
 
 
+def test_it_is_at_the_end_when_all_was_delivered_and_nothing_is_to_be_finished():
+    gate, done = threading.Event(), threading.Event()
+    worker = Worker()
+    sink = CallbackSink(worker, lambda _data: gate.wait(LONG) and None, None, lambda: None)
+    assert sink.at_end
+    sink.feed(b"x")
+    assert not sink.at_end
+    gate.set()
+    worker.post(done.set)
+    assert done.wait(LONG)
+    assert sink.at_end
+    assert not CallbackSink(worker, lambda _data: None, lambda: None, lambda: None).at_end
+
+
 def test_what_waits_is_not_delivered_after_a_drop():
     gate, begun, got = threading.Event(), threading.Event(), []
 
@@ -277,8 +292,7 @@ def test_a_chunk_callback_that_raises_is_counted(caplog):
     deliver, finish = chunk_delivery(refuse, "stdout", errors)
     for _ in range(3):
         deliver(b"x")
-    finish()
-    assert errors.count == 3
+    assert (errors.count, finish) == (3, None)
     assert [record.getMessage().split()[0] for record in caplog.records] == ["callback.failed"]
 
 
@@ -291,10 +305,22 @@ def test_a_line_callback_that_raises_misses_no_line():
             raise ValueError(line)
 
     errors = CallbackErrors("id")
-    deliver, finish = line_delivery(callback, LineCutter(), "stdout", errors)
+    deliver, finish = line_delivery(callback, LineCutter(), "stdout", errors, lambda: None)
     deliver(b"a\nb\nc\nd")
     finish()
     assert (got, errors.count) == (["a", "b", "c", "d"], 2)
+
+
+@pytest.mark.parametrize("line", [b"\n", b"some words\n"])
+def test_others_get_their_turn_in_a_flood_of_lines(line):
+    got: list[str] = []
+    breaths: list[int] = []
+    deliver, _ = line_delivery(
+        got.append, LineCutter(), "stdout", CallbackErrors("id"), lambda: breaths.append(len(got))
+    )
+    deliver(line * 10_000)
+    assert len(got) == 10_000
+    assert max(b - a for a, b in itertools.pairwise([0, *breaths, len(got)])) <= LINES_AT_ONCE
 
 
 def test_each_stream_is_reported_once(caplog):

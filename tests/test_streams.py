@@ -11,7 +11,7 @@ import pytest
 from proctree import loop
 from proctree.output import PENDING_MAX, REST_MAX, PullSink
 from proctree.process import fds
-from proctree.streams import CALLBACK_CHUNK, PIPE_SIZE, READS_PER_TURN, OutputStream, widen
+from proctree.streams import CALLBACK_CHUNK, CALLBACKS_PER_TURN, PIPE_SIZE, OutputStream, widen
 
 DEADLINE = 30.0
 
@@ -50,7 +50,7 @@ def closed() -> Iterator[list[Piped]]:
 def test_a_pipe_that_is_emptied_by_the_last_read_of_a_turn(less: int, closed: list[Piped]) -> None:
     """The tree is empty and somebody outside holds its pipe open: nothing more comes, and so epoll
     has nothing to tell either."""
-    piped = Piped(CALLBACK_CHUNK * READS_PER_TURN - less)
+    piped = Piped(CALLBACK_CHUNK * CALLBACKS_PER_TURN - less)
     closed.append(piped)
     piped.on_loop(lambda: (piped.stream.start(), piped.stream.drain()))
     assert piped.ended.wait(DEADLINE)

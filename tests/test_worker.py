@@ -191,3 +191,49 @@ def test_a_job_that_a_busy_thread_has_taken_was_not_refused(monkeypatch: pytest.
 
     refuse_threads(monkeypatch, meanwhile)
     worker_module.run(done.set)
+
+
+# -- others want the interpreter's lock
+
+
+def _breathing() -> threading.Thread:
+    """A worker between two pieces of its work."""
+    thread = threading.Thread(target=worker_module.Worker().breathe, daemon=True)
+    thread.start()
+    return thread
+
+
+def _until_aside(count: int) -> None:
+    deadline = time.monotonic() + LONG
+    while len(worker_module._aside) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_worker_stands_aside_until_no_loop_has_something_to_do(monkeypatch):
+    monkeypatch.setattr(worker_module, "ASIDE_SECONDS", LONG)
+    loops = object(), object()
+    for loop in loops:
+        worker_module.begin_turn(loop)
+    try:
+        thread = _breathing()
+        _until_aside(1)
+        worker_module.end_turn(loops[0])
+        assert thread.is_alive()
+        assert len(worker_module._aside) == 1
+    finally:
+        for loop in loops:
+            worker_module.end_turn(loop)
+    thread.join(LONG / 2)
+    assert not thread.is_alive()
+
+
+def test_a_loop_that_always_has_something_to_do_starves_no_worker():
+    loop = object()
+    worker_module.begin_turn(loop)
+    try:
+        thread = _breathing()
+        thread.join(LONG)
+        assert not thread.is_alive()
+    finally:
+        worker_module.end_turn(loop)

@@ -215,7 +215,10 @@ class Loop:
         poll = self._epoll.poll
         handlers = self._handlers
         while True:
-            for fd, mask in poll(self._timeout()):
+            worker.end_turn(self)
+            ready = poll(self._timeout())
+            worker.begin_turn(self)
+            for fd, mask in ready:
                 if fd == self._wake:
                     self._drain_wake()
                     continue

@@ -28,6 +28,13 @@ REST_MAX = 2 * 1024 * 1024
 """Bytes that are read of a tree that has ended, whoever takes them: more than our pipes hold. A
 tree that has made its pipe larger has the rest of it wait."""
 
+CUT_AT_ONCE = 16 * 1024
+"""Bytes: of lines of one letter that is the work of some hundred microseconds, in which no other
+thread gets a turn."""
+
+LINES_AT_ONCE = 256
+"""How many callbacks there are until it is seen how long they took."""
+
 
 class LineCutter:
     """Cuts a stream into lines, many at a time.
@@ -187,7 +194,7 @@ class CallbackSink(_BoundedSink):
 
     Args:
         deliver: gets the bytes; on the worker.
-        finish: called after the last of them; on the worker.
+        finish: called after the last of them; on the worker. None: nothing is to be done then.
         resume: called from the worker when reading may go on.
     """
 
@@ -195,7 +202,7 @@ class CallbackSink(_BoundedSink):
         self,
         worker: Worker,
         deliver: Callable[[bytes], None],
-        finish: Callable[[], None],
+        finish: Callable[[], None] | None,
         resume: Callable[[], None],
     ) -> None:
         super().__init__(resume)
@@ -214,12 +221,20 @@ class CallbackSink(_BoundedSink):
         if not self._dropped:
             self._deliver(data)
         self._taken(len(data), 1)
+        if self._done_pieces != self._fed_pieces:
+            self._worker.breathe()
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all that was fed was delivered, and nothing is left to be done: then there is no
+        need to wait for the worker."""
+        return self._finish is None and self._fed_pieces == self._done_pieces
 
     def end(self, done: Callable[[], None]) -> None:
         """No more bytes; calls `done` on the worker after the last callback."""
 
         def last() -> None:
-            if not self._dropped:
+            if self._finish is not None and not self._dropped:
                 self._finish()
             done()
 
@@ -314,7 +329,7 @@ class CallbackErrors:
 
 def chunk_delivery(
     callback: Callable[[bytes], object], stream: str, errors: CallbackErrors
-) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+) -> tuple[Callable[[bytes], None], None]:
     """(deliver, finish) for `Chunks`."""
 
     def deliver(data: bytes) -> None:
@@ -323,15 +338,29 @@ def chunk_delivery(
         except Exception as exception:
             errors.caught(stream, exception)
 
-    return deliver, lambda: None
+    return deliver, None
 
 
 def line_delivery(
-    callback: Callable[[str], object], cutter: LineCutter, stream: str, errors: CallbackErrors
+    callback: Callable[[str], object],
+    cutter: LineCutter,
+    stream: str,
+    errors: CallbackErrors,
+    breathe: Callable[[], None],
 ) -> tuple[Callable[[bytes], None], Callable[[], None]]:
-    """(deliver, finish) for `Lines` and `Log`. A line whose callback raised is not repeated."""
+    """(deliver, finish) for `Lines` and `Log`. A line whose callback raised is not repeated.
+
+    Args:
+        breathe: called between pieces of the work (`Worker.breathe`).
+    """
 
     def call(lines: list[str]) -> None:
+        for at in range(0, len(lines), LINES_AT_ONCE):
+            if at:
+                breathe()
+            call_some(lines[at : at + LINES_AT_ONCE])
+
+    def call_some(lines: list[str]) -> None:
         pending = iter(lines)
         while True:
             try:
@@ -341,4 +370,10 @@ def line_delivery(
             except Exception as exception:
                 errors.caught(stream, exception)
 
-    return lambda data: call(cutter.feed(data)), lambda: call(cutter.finish())
+    def deliver(data: bytes) -> None:
+        for at in range(0, len(data), CUT_AT_ONCE):
+            if at:
+                breathe()
+            call(cutter.feed(data[at : at + CUT_AT_ONCE]))
+
+    return deliver, lambda: call(cutter.finish())

@@ -308,7 +308,7 @@ class Streams:
 
     def _delivery(
         self, name: str, wanted: Any, tree: StreamOwner
-    ) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    ) -> tuple[Callable[[bytes], None], Callable[[], None] | None]:
         from proctree.sinks import Chunks, Lines, log_callback
 
         errors = tree.callback_errors
@@ -316,9 +316,10 @@ class Streams:
             return chunk_delivery(wanted.callback, name, errors)
         if isinstance(wanted, Lines):
             cutter = LineCutter(wanted.max_length, wanted.encoding)
-            return line_delivery(wanted.callback, cutter, name, errors)
+            return line_delivery(wanted.callback, cutter, name, errors, tree.worker.breathe)
         callback = log_callback(wanted, name, tree.tree_id, lambda: tree.pid)
-        return line_delivery(callback, LineCutter(wanted.max_length), name, errors)
+        cutter = LineCutter(wanted.max_length)
+        return line_delivery(callback, cutter, name, errors, tree.worker.breathe)
 
     def drain(self) -> None:
         for stream in self._streams.values():

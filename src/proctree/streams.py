@@ -20,8 +20,10 @@ from proctree.output import CallbackSink, CaptureSink, PullSink, Sink
 from proctree.process import fds
 
 CALLBACK_CHUNK = 64 * 1024
-READS_PER_TURN = 8
-"""How often one stream is read before the loop looks after the others."""
+CAPTURES_PER_TURN = 8
+CALLBACKS_PER_TURN = 2
+"""How often one stream is read before the loop looks after the others. After each reading the loop
+wants the interpreter's lock again, for which whoever gets the callbacks may make it wait."""
 
 F_SETPIPE_SZ = 1031
 PIPE_SIZE = 1024 * 1024
@@ -64,7 +66,8 @@ class OutputStream:
         self._loop.register(self._fd, READ, self._readable)
 
     def _readable(self, _mask: int) -> None:
-        for _ in range(READS_PER_TURN):
+        capture = isinstance(self._sink, CaptureSink)
+        for _ in range(CAPTURES_PER_TURN if capture else CALLBACKS_PER_TURN):
             if self._left == 0:
                 self._finish()
                 return
@@ -145,7 +148,7 @@ class OutputStream:
         self._pause()
         self._finished = True
         fds.close(self._fd)
-        if isinstance(self._sink, CallbackSink):
+        if isinstance(self._sink, CallbackSink) and not self._sink.at_end:
             self._sink.end(lambda: self._loop.post(self._ended))
             return
         if isinstance(self._sink, PullSink):

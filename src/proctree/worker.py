@@ -3,6 +3,13 @@
 A callback that blocks or raises must not hold up other trees, so each tree's callbacks run one
 after the other on a thread that is nobody else's while they last. Threads are made when they are
 needed and kept for a while for the next.
+
+Whoever has much to do here (a program that floods its output) would be felt by everybody: who wants
+the interpreter's lock from a thread that does not give it up waits for sys.getswitchinterval()
+(5 ms), and the loop wants it again after every system call. So a worker that has been busy for a
+moment sleeps for a shorter one. Nothing less than a sleep will do: a thread that only lets go of
+the lock has it back before another one has woken up. And while a loop has something to do, workers
+stand aside until it has done it, within reason.
 """
 
 from __future__ import annotations
@@ -11,11 +18,21 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
+from time import monotonic, sleep
 
 Job = Callable[[], None]
 
 IDLE_SECONDS = 5.0
 """How long a thread without work is kept."""
+
+BUSY_SECONDS = 0.001
+"""How long a worker may keep others from the interpreter's lock."""
+
+ASIDE_SECONDS = 0.005
+"""How long it stands aside at most before it goes on for a moment."""
+
+BREATH_SECONDS = 0.000001
+"""How long it sleeps then. The kernel adds its timer slack, 50 us: prctl(2), PR_SET_TIMERSLACK."""
 
 
 class _Threads:
@@ -30,7 +47,8 @@ class _Threads:
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._idle: list[threading.Lock] = []
-        self._coming = False
+        self.coming = False
+        """Whether a thread was called and has not arrived."""
 
     def run(self, job: Job) -> None:
         with self._lock:
@@ -57,9 +75,9 @@ class _Threads:
     def _call(self) -> bool:
         """With the lock: has one more thread come if there is work for it; returns whether it has
         to be made."""
-        if self._coming or not self._jobs:
+        if self.coming or not self._jobs:
             return False
-        self._coming = True
+        self.coming = True
         if not self._idle:
             return True
         self._idle.pop().release()
@@ -73,13 +91,13 @@ class _Threads:
         except RuntimeError:  # EAGAIN or ENOMEM of pthread_create(3)
             if try_later is None:
                 with self._lock:
-                    self._coming = False
+                    self.coming = False
                 raise
             try_later(self._start_again)
 
     def _start_again(self) -> None:
         with self._lock:
-            self._coming = False
+            self.coming = False
             wanted = self._call()
         if wanted:
             self._start()
@@ -101,7 +119,7 @@ class _Threads:
         gate = threading.Lock()
         with self._lock:
             if arrived:
-                self._coming = False
+                self.coming = False
             if not self._jobs:
                 gate.acquire()
                 self._idle.append(gate)
@@ -124,6 +142,38 @@ class _Threads:
         return False
 
 
+_pressing: set[object] = set()
+"""The loops that have something to do at this moment."""
+
+_aside: deque[threading.Lock] = deque()
+"""The gates of the workers that stand aside for them."""
+
+
+def begin_turn(loop: object) -> None:
+    """A loop has something to do."""
+    _pressing.add(loop)
+
+
+def end_turn(loop: object) -> None:
+    """It has done it."""
+    _pressing.discard(loop)
+    while _aside and not _pressing:
+        try:
+            gate = _aside.popleft()
+        except IndexError:
+            return  # another loop was faster
+        gate.release()
+
+
+def _stand_aside() -> None:
+    gate = threading.Lock()
+    gate.acquire()
+    _aside.append(gate)
+    # Looked at again: the turn may have ended just before the gate was there.
+    if _pressing:
+        gate.acquire(timeout=ASIDE_SECONDS)
+
+
 try_later: Callable[[Job], None] | None = None
 """Calls something after a while; the loop, which knows of time, puts it here."""
 
@@ -134,6 +184,8 @@ def reset() -> None:
     """In a forked child no thread is left."""
     global _threads
     _threads = _Threads()
+    _pressing.clear()
+    _aside.clear()
 
 
 def run(job: Job) -> None:
@@ -156,6 +208,7 @@ class Worker:
         self._jobs: deque[Job] = deque()
         self._running = False
         self._thread: int | None = None
+        self._breathed = 0.0
 
     def post(self, job: Job) -> None:
         """Does not block.
@@ -181,8 +234,18 @@ class Worker:
         """Whether the caller is one of this worker's own jobs."""
         return self._thread == threading.get_ident()
 
+    def breathe(self) -> None:
+        """In a job, between two pieces of work that nobody waits for: lets others go on."""
+        if _pressing:
+            _stand_aside()
+            self._breathed = monotonic()
+        elif _threads.coming or monotonic() - self._breathed >= BUSY_SECONDS:
+            sleep(BREATH_SECONDS)
+            self._breathed = monotonic()
+
     def _drain(self) -> None:
         self._thread = threading.get_ident()
+        self._breathed = monotonic()
         while True:
             with self._lock:
                 if not self._jobs:

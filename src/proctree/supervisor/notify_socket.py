@@ -41,7 +41,7 @@ from proctree.supervisor.main_pid import MainPid
 from proctree.supervisor.notification import DATAGRAM_MAX, Notification, parse
 from proctree.worker import Worker
 
-TURN = 16
+TURN = 4
 """Messages of one tree that are read before others have their turn."""
 
 RATE = 1000.0
