@@ -16,8 +16,10 @@ from benchmarks import (
     detection,
     exiting,
     idle,
+    isolation,
     killing,
     lines,
+    many,
     start,
     table,
 )
@@ -37,6 +39,8 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "idle": idle.measure,
     "channel": channel.measure,
     "aio": aio.measure,
+    "many": many.measure,
+    "isolation": isolation.measure,
 }
 
 

@@ -1,0 +1,8 @@
+/* resting: does nothing until it is ended. */
+#include <unistd.h>
+
+int main(void)
+{
+    for (;;)
+        pause();
+}
