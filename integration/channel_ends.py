@@ -298,7 +298,7 @@ def room() -> None:
     async def main() -> None:
         async with asyncio.timeout(HANGS_SECONDS):
             key = new_key()
-            long = asyncio.create_task(aask_right(channel, AskHeld(key, data=b"x" * (8 << 20))))
+            long = asyncio.create_task(aask_right(channel, AskHeld(key, data=b"x" * (48 << 20))))
             while len(channel.wire.out) < 64:
                 await asyncio.sleep(0)
             await aask_right(channel, Release(key, wait=False))
