@@ -597,6 +597,60 @@ def test_race_one_is_not_wanted_any_more_while_its_group_restarts():
     assert w.plan.stage is Stage.RUNNING
 
 
+def test_a_group_waits_for_the_end_of_one_that_is_being_removed():
+    w = world(Strategy.ONE_FOR_ALL)
+    w.begin("a", "b")
+    w.remove("b")
+    w.ended("a")
+    w.due("a")
+    assert ("LAUNCH", "a") not in w.took()
+    w.ended("b")
+    assert w.took() == [("FORGET", "b"), ("LAUNCH", "a")]
+
+
+def test_one_that_is_stopped_with_its_group_has_not_ended_by_itself():
+    w = world(Strategy.ONE_FOR_ALL, auto_shutdown=AutoShutdown.ANY)
+    w.add("a", Restart.NEVER)
+    w.begin("b", up=False)
+    w.ready("a")
+    w.ready("b")
+    w.ended("b")
+    w.ended("a")
+    assert w.phases() == {"a": "done", "b": "backoff"}
+    assert w.plan.stage is Stage.RUNNING
+
+
+def test_one_that_was_restarted_by_hand_waits_its_time_when_it_fails():
+    w = world()
+    w.begin("a")
+    w.restart("a")
+    w.ended("a")
+    w.ready("a")
+    w.ended("a")
+    assert w.phases() == {"a": "backoff"}
+
+
+def test_the_backoff_grows_when_it_did_not_come_up_after_a_good_time():
+    w = world(restarts=None)
+    w.begin("a")
+    w.now += NO_JITTER.reset
+    w.ended("a")
+    w.due("a")
+    w.now += NO_JITTER.reset
+    w.ended("a")
+    assert w.waiting == {"a": 2.0}
+
+
+def test_a_restart_counts_until_the_period_is_over():
+    w = world(restarts=1, period=10.0)
+    w.begin("a")
+    w.ended("a")
+    w.due("a")
+    w.now += 10.0
+    w.ended("a")
+    assert w.gave_up
+
+
 def test_it_has_not_started_while_one_waits_to_be_started_again_with_its_group():
     w = world(Strategy.ONE_FOR_ALL)
     w.add("a")

@@ -186,7 +186,6 @@ class Plan:
         self._intensity = Intensity(rules.restarts, rules.period)
         self._orders = 0
         self._alive = 0
-        self._urgent = False
         self._starts = _Queue()
         self._stops = _Queue()
         self._starting: Child | None = None
@@ -239,8 +238,6 @@ class Plan:
         """Stop it if it runs, and forget it."""
         child = self.children[name]
         child.goal = Goal.GONE
-        child.again = False
-        self._starts.discard(child)
         if child.phase in RUNNING:
             # A shutdown has an order, and comes to it.
             if self.stage is not Stage.STOPPING:
@@ -280,7 +277,6 @@ class Plan:
     def hurry(self) -> list[tuple[Action, Any]]:
         """End all children now, at the same time."""
         self._shut_down("")
-        self._urgent = True
         for child in self.children.values():
             if child.phase in (*RUNNING, Phase.STOPPING):
                 child.phase = Phase.STOPPING
@@ -405,13 +401,10 @@ class Plan:
             return
         self._held.add(child)
         for other in self._group(child):
-            if other.goal is not Goal.UP or other.phase is Phase.DONE:
-                continue
+            if other.phase in (Phase.DONE, Phase.BACKOFF):
+                continue  # one that waits for its own time is held already
             if other.phase in (*RUNNING, Phase.STOPPING):
                 self._stops.add(other)
-            elif other.phase is Phase.BACKOFF:
-                self._held.add(other)
-                continue
             other.again = False
             self._starts.add(other)
 
@@ -459,11 +452,10 @@ class Plan:
             elif child.phase in (Phase.DOWN, Phase.BACKOFF):
                 self._rest(child)
                 self._finish(child)
-        self._held.clear()
 
     def _pump(self) -> None:
         """Lets the queues go on."""
-        while self._stops and (self._stopping is None or self._urgent):
+        while self._stops and self._stopping is None:
             child = self._stops.last()
             if child.phase in RUNNING:
                 self._stopping = child
