@@ -69,12 +69,14 @@ SCRIPTS = {
     "fails": "exit 1",
     "lives briefly": "sleep 0.03; exit 1",
     "is a family": "sleep 1000 & setsid sleep 1000 & wait",
+    "leaves one that ignores SIGTERM": "(trap '' TERM; exec sleep 1000) & sleep 0.03; exit 1",
     "ignores SIGTERM": "trap '' TERM; while :; do sleep 0.1; done",
     "floods": "exec yes",
     "is ready late": "sleep 0.03; echo up; exec sleep 1000",
     "is never ready": "echo down; exec sleep 1000",
     "fails before it is ready": "exit 1",
 }
+LEAVES = "leaves one that ignores SIGTERM"
 WITH_LINE = ("is ready late", "is never ready", "fails before it is ready")
 
 
@@ -324,14 +326,14 @@ class World:
 
 CHILDREN = st.builds(
     Child,
-    script=st.sampled_from(["sleeps"] * 4 + list(SCRIPTS)),
+    script=st.sampled_from(["sleeps"] * 3 + [LEAVES] * 2 + list(SCRIPTS)),
     restart=st.sampled_from(["always", "always", "on-failure", "never"]),
     beats=st.booleans(),
     containment=st.sampled_from(["warden", "warden", "group"]),
 )
 GOOD = st.builds(
     Child,
-    script=st.sampled_from(["sleeps", "is a family", "is ready late", "ignores SIGTERM"]),
+    script=st.sampled_from(["sleeps", "is a family", "is ready late", "ignores SIGTERM", LEAVES]),
     restart=st.just("always"),
     beats=st.booleans(),
     containment=st.sampled_from(["warden", "auto"]),
