@@ -234,6 +234,27 @@ def test_what_a_signal_handler_raises_in_run_ends_the_children():
         assert process.wait(DEADLINE) == 0
 
 
+LEAVING = """
+import proctree
+from proctree.supervisor import Backoff, ChildSpec, Supervisor
+family = ["sh", "-c", "echo start; sleep 1000 & wait"]
+stubborn = ["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"]
+Supervisor([
+    ChildSpec(
+        "stubborn", stubborn, containment="group", kill=proctree.KillPolicy.after(0.7)
+    ),
+    ChildSpec("family", family, containment="group", backoff=Backoff(base=0.0)),
+]).start()
+"""
+
+
+def test_at_the_end_of_the_interpreter_nothing_is_started_again():
+    with start_supervisor(LEAVING) as process:
+        assert process.wait(DEADLINE) == 0
+        # Ended before it said anything, perhaps; but not started twice.
+        assert process.stdout.read().count("start") <= 1
+
+
 FORKING_HOST = """
 import os, sys, threading
 from proctree import subscribe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
@@ -48,6 +50,10 @@ STOP_TIMEOUT = 90.0
 """Seconds; systemd's DefaultTimeoutStopSec."""
 
 EXIT_FAILED = 1
+
+EXITING = "the interpreter is exiting"
+EXIT_SECONDS = 5.0
+"""That the loop may take to hear of it."""
 
 T = TypeVar("T")
 
@@ -230,6 +236,7 @@ class _Running:
         self._acting = False
         self._actions: Decision = []
         self._defective = False
+        _all.add(self)
 
     def now(self) -> float:
         return time.monotonic()
@@ -417,6 +424,11 @@ class _Running:
             self.manager.stopping()
         self._deadline = self.loop.call_later(self._stop_timeout, self._hurry)
 
+    def let_go(self, done: Callable[[], None]) -> None:
+        """Nothing is launched any more; `done` when all that was launched is known to be."""
+        self.act(self.plan.shutdown, EXITING)
+        self.loop.post(done)
+
     def _hurry(self) -> None:
         self.act(self.plan.hurry)
 
@@ -447,6 +459,22 @@ class _Running:
         Action.STOPPING: _stopping,
         Action.FINISHED: _finished,
     }
+
+
+_all: weakref.WeakSet[_Running] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    """What holds the children ends them when the interpreter is gone, or before (watched.py, which
+    is asked after us): to be started again is not what they are ended for."""
+    for running in tuple(_all):
+        if running.owner_pid == os.getpid() and not running.closed.is_set():
+            done = Latch()
+            running.post(lambda running=running, done=done: running.let_go(done.set))  # type: ignore[misc]
+            done.wait(EXIT_SECONDS)
+
+
+atexit.register(_at_exit)
 
 
 class Supervisor:
