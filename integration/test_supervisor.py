@@ -304,8 +304,9 @@ def test_who_is_restarted_with_a_child(heard, strategy, restarted):
                 heard.wait_for(ChildReady)
         after = {child.name: child.pid for child in supervisor.children()}
         assert {name for name in "abc" if before[name] != after[name]} == set(restarted)
-        again = [child for _, child in heard.of(ChildStarting)][3:]
-        assert again == sorted(restarted)
+    heard.until_stopped()
+    again = [child for _, child in heard.of(ChildStarting)][3:]
+    assert again == sorted(restarted)
 
 
 # -- adding, removing, asking
