@@ -26,6 +26,7 @@ from integration.conftest import (
 from integration.test_endings import end, start
 from proctree.command import TREE_VARIABLE
 from proctree.process import cgroups, proof
+from proctree.process.sweep import Search, resume
 
 CODE = """
 import os, signal, sys
@@ -261,3 +262,23 @@ def test_a_number_that_is_a_strangers_by_now(actors: str, folder: Path) -> None:
         (swept,) = proctree.sweep()
         assert {member.pid for member in swept.ended} == crashed.left
         assert stranger.poll() is None
+
+
+def test_only_members_are_resumed(actors: str) -> None:
+    """By their mark, or as one that is known and still the same."""
+    tree_id = "0123456789abcdef"
+    with (
+        witness(tree_id, actors, "pause") as marked,
+        witness(None, actors, "pause") as known,
+        witness(None, actors, "pause") as other,
+        witness("fedcba9876543210", actors, "pause") as stranger,
+    ):
+        everybody = (marked, known, other, stranger)
+        for process in everybody:
+            process.send_signal(signal.SIGSTOP)
+            eventually(lambda pid=process.pid: state_of(pid) == "T", "it is stopped")
+        starts = {process.pid: proof.read_stat(process.pid).start_time for process in everybody}
+        search = Search(None, -1, None, min(starts.values()), tree_id)
+        resume(search, {(known.pid, starts[known.pid]), (other.pid, starts[other.pid] - 1)})
+        eventually(lambda: state_of(marked.pid) == state_of(known.pid) == "S", "they go on")
+        assert state_of(other.pid) == state_of(stranger.pid) == "T"

@@ -5,15 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from integration.conftest import DEADLINE, eventually, is_alive
+import proctree
+from integration.conftest import DEADLINE, available, eventually, is_alive
 from integration.test_warden_faults import warden_of
-from proctree import KillPolicy, ProctreeError, Reason, Stage, State, WatchedSubprocess, loop
-from proctree.containment.warden import WARDEN_VARIABLE
-from proctree.process import proof
+from integration.wards import standing_loop
+from proctree import (
+    KillPolicy,
+    ProctreeError,
+    Reason,
+    Stage,
+    State,
+    WatchedSubprocess,
+    loop,
+    protocol,
+)
+from proctree.containment.warden import WARDEN_VARIABLE, WardenContained
+from proctree.process import cgroups, proof
+from proctree.protocol import Type
 
 
 def stop(pid: int) -> None:
@@ -94,6 +109,146 @@ def test_an_answer_that_the_supervisor_leaves_unread_does_not_end_what_is_left(
     assert is_alive(left.pid)
     os.close(writer)
     eventually(lambda: not is_alive(left.pid), "it ends by itself")
+
+
+class Leaver(NamedTuple):
+    """A tree that leaves one process behind, and whose main process ends when it is told to; what
+    is left lives until `writer` is closed."""
+
+    handle: WatchedSubprocess
+    fifo: Path
+    writer: int
+    left: int
+
+    @property
+    def warden(self) -> int:
+        return warden_of(self.handle)
+
+    @property
+    def main(self) -> int:
+        assert self.handle.pid is not None
+        return self.handle.pid
+
+    def end_main(self) -> None:
+        """It is dead, and its warden, which is stopped, does not know."""
+        stop(self.warden)
+        self.fifo.write_text("go\n")
+        eventually(lambda: state_of(self.main) == "Z", "the main process has ended")
+
+    def is_frozen(self) -> bool:
+        leaf = self.handle._tree.contained.cgroup  # type: ignore[attr-defined]
+        if leaf is None:
+            return state_of(self.left) == "T"
+        return "frozen 1" in Path(leaf, "cgroup.events").read_text()
+
+    def is_told(self) -> bool:
+        """The warden has told the end of the main process, and has nothing to do."""
+        return state_of(self.main) is None and state_of(self.warden) == "S"
+
+    def lives_on(self) -> None:
+        assert is_alive(self.left)
+        os.close(self.writer)
+        eventually(lambda: not is_alive(self.left), "it goes on, and so ends by itself")
+
+
+@pytest.fixture(params=["warden", "cgroup"])
+def leaver(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Leaver]:
+    containment = available(request.param)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    fifo, life = tmp_path / "fifo", tmp_path / "life"
+    os.mkfifo(fifo)
+    os.mkfifo(life)
+    # Without its environment, what is left bears no mark.
+    script = f"env -i cat {life} & read _ <{fifo}; exit 3"
+    handle = WatchedSubprocess.start(
+        ["sh", "-c", script], containment=containment, leftovers="leave"
+    )
+    writer = os.open(life, os.O_WRONLY)  # opens when cat has opened it
+    (left,) = [member.pid for member in handle.processes() if member.pid != handle.pid]
+    yield Leaver(handle, fifo, writer, left)
+    if handle._tree.contained.cgroup is not None:  # type: ignore[attr-defined]
+        cgroups.end(handle._tree.contained.cgroup, DEADLINE)  # type: ignore[attr-defined]
+    if is_alive(left):
+        os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["running", "frozen"])
+def test_what_may_stay_stays_when_the_warden_is_killed_before_it_lets_go(
+    leaver: Leaver, frozen: bool
+) -> None:
+    handle, warden = leaver.handle, leaver.warden
+    contained = handle._tree.contained
+    assert isinstance(contained, WardenContained)
+    leaver.end_main()
+    if frozen:
+        handle.freeze()
+        until_said()
+    with standing_loop():
+        os.kill(warden, signal.SIGCONT)
+        eventually(leaver.is_told, "it has told the end of the main process")
+        if frozen:
+            eventually(leaver.is_frozen, "it has obeyed")
+        os.kill(warden, signal.SIGKILL)
+        eventually(lambda: state_of(warden) == "Z", "it is dead")
+    outcome = handle.wait(timeout=DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.returncode) == (Reason.EXITED, 3)
+    assert [member.pid for member in outcome.leftovers] == [leaver.left]
+    assert proctree.sweep() == []
+    if contained.cgroup is not None:
+        leaf = Path(contained.cgroup)
+        eventually(lambda: not leaf.exists(), "the cgroup is given back")
+        own = Path("/proc/self/cgroup").read_text()
+        assert Path(f"/proc/{leaver.left}/cgroup").read_text() == own
+    leaver.lives_on()
+
+
+def test_it_is_let_go_by_a_warden_that_could_not_be_told_at_once(leaver: Leaver) -> None:
+    """There is no room for RELEASE: an end of file instead would have it end what is left. And the
+    warden, whose answers nobody waits for any more, must come to it."""
+    handle, warden = leaver.handle, leaver.warden
+    contained = handle._tree.contained
+    assert isinstance(contained, WardenContained)
+    leaver.end_main()
+    with standing_loop():
+        os.kill(warden, signal.SIGCONT)
+        eventually(leaver.is_told, "it has told the end of the main process")
+        stop(warden)
+        assert contained._control is not None
+        with pytest.raises(BlockingIOError):
+            while True:
+                contained._control.send(protocol.encode_plain(Type.LIST, 10**6))
+    assert handle.wait(timeout=DEADLINE) is not None
+    assert len(contained._unsaid) == 1
+    os.kill(warden, signal.SIGCONT)
+    eventually(lambda: state_of(warden) is None, "the warden is through")
+    leaver.lives_on()
+
+
+def test_the_loop_rests_while_the_output_of_what_is_left_is_waited_for(tmp_path: Path) -> None:
+    thread = loop.get()._thread.ident
+    assert thread is not None
+    clock = time.pthread_getcpuclockid(thread)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(fifo, os.O_WRONLY)
+    before = time.clock_gettime(clock)
+    outcome = proctree.run(
+        ["sh", "-c", f"cat {fifo} & exit 0"],
+        containment="warden",
+        leftovers="leave",
+        stdout=proctree.CAPTURE,
+        drain_timeout=1.0,
+    )
+    spent = time.clock_gettime(clock) - before
+    (left,) = outcome.leftovers
+    os.close(writer)
+    os.close(reader)
+    eventually(lambda: not is_alive(left.pid), "it ends by itself")
+    assert spent < 0.3, "seconds of CPU time, of one second in which nothing happens"
 
 
 def test_killed_while_the_warden_does_not_start_anything(

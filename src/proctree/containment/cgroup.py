@@ -98,3 +98,7 @@ class CgroupContained(WardenContained):
         """Exactly what was in the tree, whatever marks it has lost."""
         _ended, survivors = end_cgroup(self._leaf, END_SECONDS)
         return survivors
+
+    def _evacuate(self) -> bool:
+        """A kernel that freezes the leaf has stopped nobody by a signal."""
+        return cgroups.evacuate(self._leaf, END_SECONDS)

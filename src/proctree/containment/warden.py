@@ -109,7 +109,12 @@ class WardenContained(Contained):
         self._main_start = 0
         self._main_exited = False
         self._started = False
+        self._leftovers: tuple[Member, ...] = ()
         self._said_empty = False
+        self._released = False
+        self._obeyed = False
+        self._frozen = False
+        self._thaw_serial = 0
         self._reaped = False
         self._lost = False
 
@@ -336,6 +341,8 @@ class WardenContained(Contained):
         if not data:
             self._lose("the warden ended before its tree did")
             return False
+        if self._released:
+            return True  # read only so that it can go on, and comes to what we have said
         try:
             self._take(protocol.decode(data))
         except ProtocolError as error:
@@ -346,6 +353,9 @@ class WardenContained(Contained):
     def _warden_ended(self, _mask: int) -> None:
         while self._read_once():
             pass  # what it said last comes before its end, however much it is: it says no more
+        if self._released:
+            self._released_warden_ended()
+            return
         if not self._said_empty and not self._lost:
             self._lose("the warden ended before its tree did")
         if self._then is None:
@@ -379,6 +389,7 @@ class WardenContained(Contained):
         self.exit_usage = _usage(*usage)
         self._main_exited = True
         leftovers, self._members = tuple(self._members), []
+        self._leftovers = leftovers
         self._owner.happened(
             Event.MAIN_EXITED, status=status, leftovers=leftovers, empty=not some_left
         )
@@ -394,6 +405,8 @@ class WardenContained(Contained):
 
     def _take_signalled(self, message: Message) -> None:
         count, denied = message.values
+        if message.serial == self._thaw_serial:
+            self._frozen = False
         self._owner.sent(message.serial, count, denied)
 
     def _take_denied(self, message: Message) -> None:
@@ -440,8 +453,10 @@ class WardenContained(Contained):
     }
 
     def _lose(self, detail: str) -> None:
-        self._lost = True
         self._drop_control()
+        if self._released:
+            return  # its end is awaited
+        self._lost = True
         self._owner.happened(Event.LOST, detail=detail)
 
     # -- the warden's own end
@@ -472,6 +487,7 @@ class WardenContained(Contained):
             else:
                 if result is None:
                     return False
+                self._obeyed = (result.si_code, result.si_status) == (os.CLD_EXITED, 0)
             self._reaped = True
             self._loop.unregister(self._pidfd)
             fds.close(self._pidfd)
@@ -513,6 +529,8 @@ class WardenContained(Contained):
                 self._loop.call_later(SAY_AGAIN_SECONDS, self._say_all)
                 return
             self._unsaid.popleft()
+        if self._released and not self._unsaid:
+            self._drop_control()  # there is nothing more to say to it, or to hear
 
     def _next_serial(self) -> int:
         self._serial += 1
@@ -530,11 +548,51 @@ class WardenContained(Contained):
 
     def set_frozen(self, frozen: bool) -> None:
         kind = Type.FREEZE if frozen else Type.THAW
-        self._say(protocol.encode_plain(kind, self._next_serial()))
+        serial = self._next_serial()
+        # It stays frozen until a thaw is known to have come about.
+        self._frozen |= frozen
+        self._thaw_serial = 0 if frozen else serial
+        self._say(protocol.encode_plain(kind, serial))
 
     def release(self) -> None:
+        self._released = True
+        if self._entry is not None:
+            # Before anybody can be told that they were let go: a sweep would end them if the warden
+            # were killed now.
+            registry.forget(self._entry)
         self._say(protocol.encode_plain(Type.RELEASE, self._next_serial()))
-        self._said_empty = True
+
+    def _released_warden_ended(self) -> None:
+        """If it was killed before it could let go, then we do."""
+        self._drop_control()
+        self._reap_late()
+        if not self._obeyed:
+            from proctree.worker import Worker
+
+            Worker().post(self._let_go)
+
+    def _let_go(self) -> None:
+        """On a worker's thread."""
+        from proctree.process.sweep import Search, patiently, resume
+
+        try:
+            if patiently(self._evacuate) or not self._frozen:
+                return
+            search = Search(None, -1, None, self._main_start, self.tree_id)
+            known = {(member.pid, member.start_time) for member in self._leftovers}
+            patiently(lambda: resume(search, known))
+        except OSError as error:
+            number = errno_name(error.errno or 0)
+            events.warning("tree.not_let_go", tree_id=self.tree_id, errno=number)
+
+    def _evacuate(self) -> bool:
+        """On a worker's thread, and without a warden: lets go of what more than a warden holds.
+        Returns whether that has undone a freeze.
+
+        Raises:
+            OSError: something could not be let go.
+        """
+        return False
 
     def sweep(self) -> None:
         from proctree.process.sweep import Search, patiently, sweep
@@ -596,6 +654,10 @@ class WardenContained(Contained):
 
     def close(self) -> None:
         self._owner = NOBODY
+        if self._released:
+            # Its end is awaited; and if it has not been told yet, then an end of file would have it
+            # end what is to live on.
+            return
         self._drop_control()
         if self._pidfd < 0:
             return

@@ -325,6 +325,54 @@ def _end(path: str, limit: float) -> bool:
     return remove(path)
 
 
+def evacuate(path: str, seconds: float) -> bool:
+    """Lets go of what is in the cgroup `path` and below it, into the cgroup above, where it would
+    be without us, and removes it; what was frozen goes on. Returns whether the kernel is one that
+    freezes cgroups.
+
+    Raises:
+        OSError: somebody may not be moved, and stays there.
+        TimeoutError: somebody is still there after so many seconds.
+    """
+    freezes = _thaw(path)
+    limit = time.monotonic() + seconds
+    while not _evacuated(path):
+        if time.monotonic() >= limit:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), path)
+    return freezes
+
+
+def _thaw(path: str) -> bool:
+    """Before anybody is moved: what cannot be moved shall not stay frozen."""
+    try:
+        _write(f"{path}/cgroup.freeze", "0")
+    except OSError:
+        # One that is gone was left before, and so thawed; before Linux 5.2 there is no such file.
+        return not os.path.isdir(path)
+    return True
+
+
+def _evacuated(path: str) -> bool:
+    """One round of it."""
+    above = f"{os.path.dirname(path)}/cgroup.procs"
+    for pid in _members(path):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            _write(above, str(pid))
+    try:
+        events_fd = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _GONE:
+            return True
+        raise
+    try:
+        gone = _wait_unpopulated(events_fd, AGAIN_SECONDS)
+    except OSError as error:
+        gone = error.errno in _GONE
+    finally:
+        os.close(events_fd)
+    return gone and remove(path)
+
+
 def _folders(fd: int) -> list[str]:
     with os.scandir(fd) as entries:
         return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -15,7 +15,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple, TypeVar
 
 from proctree.command import TREE_VARIABLE
@@ -269,6 +269,32 @@ def sweep(search: Search) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
             _wait_any(found, min(1.0, max(deadline - time.monotonic(), 0.0)))
         finally:
             _close_all(found)
+
+
+def resume(search: Search, known: Collection[tuple[int, int]]) -> None:
+    """SIGCONT to every member that is stopped, and to the stopped among those that are known by pid
+    and start time, and what is below them.
+
+    Raises:
+        OSError: as `find`.
+    """
+    found = find(search)
+    try:
+        seen = {stat.pid for _, stat in found}
+        for pid, start_time in known:
+            if pid in seen:
+                continue
+            with _Candidate(pid) as candidate:
+                stat = candidate.look()
+                if stat is not None and stat.start_time == start_time and not stat.dead:
+                    found.append((candidate.keep(), stat))
+        _find_children(found)
+        for pidfd, stat in found:
+            if stat.state in "Tt":
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+    finally:
+        _close_all(found)
 
 
 def held_by_tracer(seen: Stat | Member) -> Member | None:
