@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,14 @@ def test_a_callback_that_raises_is_counted_and_loses_nothing(
     assert "not 2" in caplog.text
 
 
+@pytest.fixture
+def structlog_unused() -> Iterator[None]:
+    """Afterwards: a program that uses it gets our events by it."""
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("structlog_unused")
 def test_to_structlog() -> None:
     with structlog.testing.capture_logs() as logged:
         handle = WatchedSubprocess.start(
