@@ -26,7 +26,8 @@ from integration.conftest import (
     is_alive,
     start_supervisor,
 )
-from proctree import Reason
+from integration.fault_tools import Helper
+from proctree import Reason, loop
 from proctree.supervisor import (
     Backoff,
     Beat,
@@ -40,6 +41,7 @@ from proctree.supervisor import (
     ChildStarting,
     ChildStatus,
     ChildStopping,
+    ChildSurvived,
     Completed,
     File,
     Heartbeat,
@@ -307,6 +309,70 @@ def test_who_is_restarted_with_a_child(heard, strategy, restarted):
     heard.until_stopped()
     again = [child for _, child in heard.of(ChildStarting)][3:]
     assert again == sorted(restarted)
+
+
+HOLDS = "{0} pause & echo $!; exec {0} pause"
+
+
+def test_what_could_not_be_ended_has_no_second_one_beside_it(heard, actors):
+    """A tracer that does not let go of a dead process is the gentlest of such things."""
+    lines = Lines()
+    spec = ChildSpec(
+        "it",
+        ["sh", "-c", HOLDS.format(actors)],
+        stdout=proctree.Lines(lines),
+        kill=proctree.KillPolicy((proctree.Stage(signal.SIGKILL, 0.3),)),
+    )
+    with pytest.raises(ChildSurvived) as raised:
+        with Supervisor([spec, sleeper("other")]) as supervisor:
+            tracer = Helper([actors, "trace", lines.wait_for()[0]], b"tracing\n")
+            try:
+                os.kill(supervisor.child("it").pid or 0, signal.SIGKILL)
+                supervisor.wait()
+            finally:
+                tracer.close()
+    assert "could not be ended" in str(raised.value)
+    assert "which traces it" in raised.value.why
+    heard.until_stopped()
+    assert heard.of(ChildStarting).count(("ChildStarting", "it")) == 1
+
+
+def test_files_are_appended_to_at_each_start(heard, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("from before\n")
+    spec = ChildSpec("it", ["sh", "-c", "echo again; exit 1"], stdout=log, backoff=AT_ONCE)
+    supervisor = Supervisor([spec], restarts=2)
+    with pytest.raises(IntensityExceeded):
+        supervisor.run()
+    assert log.read_text() == "from before\n" + 3 * "again\n"
+
+
+def test_a_pool_of_the_same():
+    one = sleeper("worker-0", backoff=AT_ONCE, env={"KIND": "worker"}, ready=Check(lambda: True))
+    pool = [one.replace(name=f"worker-{number}") for number in range(3)]
+    assert [spec.name for spec in pool] == ["worker-0", "worker-1", "worker-2"]
+    assert {spec.options["env"]["KIND"] for spec in pool} == {"worker"}
+    assert all(spec.backoff is AT_ONCE and spec.ready is one.ready for spec in pool)
+    with pytest.raises(ValueError, match="restart: 'often'"):
+        one.replace(restart="often")
+    with Supervisor(pool) as supervisor:
+        assert {child.phase for child in supervisor.children()} == {"up"}
+
+
+def test_who_waits_on_the_loops_thread_is_told(heard):
+    """As a log processor of the host might."""
+    told: queue.Queue[Any] = queue.Queue()
+    with Supervisor([sleeper("a")]) as supervisor:
+        for ask in (supervisor.children, supervisor.wait):
+
+            def job(ask: Callable[[], object] = ask) -> None:
+                try:
+                    ask()
+                except RuntimeError as error:
+                    told.put(str(error))
+
+            loop.get().post(job)
+            assert "would wait for its own loop" in told.get(timeout=DEADLINE)
 
 
 # -- adding, removing, asking
@@ -703,7 +769,8 @@ def test_a_daemon_that_forks_is_its_main_pid(heard):
     with Supervisor([spec]) as supervisor:
         while not isinstance(heard.wait_for(proctree.MainExited), proctree.MainExited):
             pass
-        assert supervisor.child("daemon").phase == "up"
+        child = supervisor.child("daemon")
+        assert (child.phase, is_alive(child.pid or 0)) == ("up", True)
     ended = heard.wait_for(ChildEnded)
     assert (ended.reason, ended.failed) == (Reason.KILLED, False)
 
@@ -729,8 +796,8 @@ def test_our_own_manager_is_not_told_by_our_children(monkeypatch, tmp_path):
             ["sh", "-c", "echo ${NOTIFY_SOCKET-none} ${WATCHDOG_USEC-none}; exec sleep 1000"],
             stdout=proctree.Lines(lines),
         )
-        with Supervisor([spec]):
-            assert lines.wait_for() == ["none none"]
+        with Supervisor([spec, spec.replace(name="copy", env=dict(os.environ))]):
+            assert lines.wait_for(2) == ["none none"] * 2
         with pytest.raises(BlockingIOError):
             manager.recv(100)
 

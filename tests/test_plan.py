@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proctree.supervisor.plan import Action, Phase, Plan, Rules, Stage
+from proctree.supervisor.plan import Action, Cause, Phase, Plan, Rules, Stage
 from proctree.supervisor.restarts import AutoShutdown, Backoff, Restart, Strategy
 
 NO_JITTER = Backoff(base=1.0, cap=60.0)
@@ -112,13 +112,16 @@ class World:
         self.were_ready.add(name)
         self.do(self.plan.ready(name, self.now))
 
-    def ended(self, name: str, *, failed: bool = True, unwanted: bool = False) -> None:
+    def ended(
+        self, name: str, *, failed: bool = True, unwanted: bool = False, survived: bool = False
+    ) -> None:
         self.alive.discard(name)
         if unwanted and not self.plan.children[name].again:
             self.not_wanted.add(name)
         starting, gave_up = self.plan.stage is Stage.STARTING, self.gave_up
-        self.do(self.plan.ended(name, self.now, failed=failed, why="why", unwanted=unwanted))
-        if self.gave_up and not gave_up and not starting:
+        facts = {"failed": failed, "unwanted": unwanted, "survived": survived}
+        self.do(self.plan.ended(name, self.now, why="why", **facts))
+        if self.gave_up and not gave_up and not starting and not survived:
             assert self._is_too_often(len(self.restarts) + 1)
 
     def restart(self, name: str) -> None:
@@ -186,7 +189,7 @@ def test_one_that_cannot_start_ends_those_before_it():
     assert w.took() == [
         ("LAUNCH", "a"),
         ("LAUNCH", "b"),
-        ("GIVE_UP", (w.plan.children["b"], "why")),
+        ("GIVE_UP", (w.plan.children["b"], "why", Cause.START)),
         ("STOPPING", "gave up on child 'b'"),
         ("STOP", "a"),
     ]
@@ -677,7 +680,7 @@ def happen(w: World, data: st.DataObject) -> None:
         if child.phase is Phase.STARTING:
             choices.append(("ready", name))
         if name in w.alive:
-            choices += [("failed", name), ("succeeded", name), ("unwanted", name)]
+            choices += [(how, name) for how in ("failed", "succeeded", "unwanted", "survived")]
         if name in w.waiting:
             choices.append(("due", name))
         choices += [("remove", name), ("restart", name)]
@@ -689,8 +692,10 @@ def happen(w: World, data: st.DataObject) -> None:
     match what:
         case "ready":
             w.ready(name)
-        case "failed" | "succeeded" | "unwanted":
-            w.ended(name, failed=what == "failed", unwanted=what == "unwanted")
+        case "failed" | "succeeded":
+            w.ended(name, failed=what == "failed")
+        case "unwanted" | "survived":
+            w.ended(name, **{what: True})
         case "due":
             w.due(name)
         case "remove":
@@ -747,3 +752,61 @@ def test_whatever_happens_everything_wanted_comes_up_and_everything_ends(data):
     settle(w)
     assert w.finished == 1
     assert w.alive == set()
+
+
+# -- what could not be ended
+
+
+def test_a_child_is_not_started_beside_what_is_left_of_it():
+    w = world()
+    w.begin("a", "b")
+    w.ended("a", survived=True)
+    assert w.took()[:2] == [
+        ("GIVE_UP", (w.plan.children["a"], "why", Cause.SURVIVOR)),
+        ("STOPPING", "gave up on child 'a'"),
+    ]
+
+
+@pytest.mark.parametrize("how", ["asked", "group"])
+def test_nor_when_it_was_stopped_to_be_started_again(how):
+    w = world(Strategy.ONE_FOR_ALL)
+    w.begin("a", "b")
+    if how == "asked":
+        w.do(w.plan.restart("b"))
+    else:
+        w.ended("a")
+    w.ended("b", survived=True)
+    assert "GIVE_UP" in [action for action, _ in w.took()]
+
+
+def test_one_that_does_not_come_back_may_leave_something():
+    w = world()
+    w.add("a", Restart.NEVER)
+    w.begin("b", up=False)
+    w.ready("a")
+    w.ready("b")
+    w.ended("a", survived=True)
+    assert w.plan.stage is Stage.RUNNING
+    w.do(w.plan.remove("b"))
+    w.ended("b", survived=True)
+    assert "GIVE_UP" not in [action for action, _ in w.took()]
+
+
+def test_when_the_last_one_that_runs_is_removed_only_those_that_are_done_are_left():
+    w = world()
+    w.add("a", Restart.NEVER)
+    w.begin("b", up=False)
+    w.ready("a")
+    w.ready("b")
+    w.ended("a")
+    w.do(w.plan.remove("b"))
+    w.ended("b")
+    assert w.finished == 1
+
+
+def test_when_all_are_removed_others_may_be_added():
+    w = world()
+    w.begin("a")
+    w.do(w.plan.remove("a"))
+    w.ended("a")
+    assert w.plan.stage is Stage.RUNNING

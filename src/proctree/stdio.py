@@ -155,6 +155,7 @@ class Streams:
         self._window = to_window(pty)
         if self._window is not None:
             self._check_terminal()
+        self.append = False
         self.taps: list[Callable[[str, bytes], None]] = []
         self.terminal: Terminal | None = None
         self._terminal_fd: int | None = None
@@ -230,7 +231,8 @@ class Streams:
         if value is Stdio.DEVNULL:
             return self._open_file(os.devnull, os.O_WRONLY)
         if isinstance(value, os.PathLike):
-            return self._open_file(value, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            mode = os.O_APPEND if self.append else os.O_TRUNC
+            return self._open_file(value, os.O_WRONLY | os.O_CREAT | mode)
         reader, writer = fds.pipe()
         widen(reader)
         self._output_fds[name] = fds.own(reader)

@@ -182,6 +182,10 @@ class Tree:
         delivered, on the tree's worker; of the streams that are delivered to callbacks."""
         self._streams.taps.append(function)
 
+    def append_files(self) -> None:
+        """Before the launch: output files are written on and not anew."""
+        self._streams.append = True
+
     def extend(self, seconds: float) -> float:
         """On the loop: the stage under way, if it is not the last one, is not over sooner than so
         many seconds from now. Returns how much that is more."""

@@ -1,11 +1,12 @@
 """Many trees, kept alive: see docs/supervising.md.
 
-Layers, from the top: `supervisor` binds the pure `plan` to children; `attempt` is one start of one
-child and what watches over it; `heartbeat` with `beating`, `readiness` with `probing`, and
-`notify_socket` with `watchdog` do the watching.
+Layers, from the top: `supervisor` is the front door; `running` binds the pure `plan` to the loop
+and to each `child`; `attempt` is one start of it and what watches over that; `heartbeat` with
+`beating`, `readiness` with `probing`, and `notify_socket` with `watchdog` do the watching.
 """
 
-from proctree.supervisor.errors import ChildFailed, IntensityExceeded, StartFailed
+from proctree.supervisor.child import ChildInfo
+from proctree.supervisor.errors import ChildFailed, ChildSurvived, IntensityExceeded, StartFailed
 from proctree.supervisor.happenings import (
     ChildDone,
     ChildEnded,
@@ -35,7 +36,7 @@ from proctree.supervisor.readiness import (
 )
 from proctree.supervisor.restarts import AutoShutdown, Backoff, Restart, Strategy
 from proctree.supervisor.spec import ChildSpec
-from proctree.supervisor.supervisor import ChildInfo, Supervisor
+from proctree.supervisor.supervisor import Supervisor
 
 __all__ = [
     "AutoShutdown",
@@ -53,6 +54,7 @@ __all__ = [
     "ChildStarting",
     "ChildStatus",
     "ChildStopping",
+    "ChildSurvived",
     "Completed",
     "File",
     "Heartbeat",

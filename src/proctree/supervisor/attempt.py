@@ -5,7 +5,9 @@ All of it on the loop's thread.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
     from proctree.outcome import Outcome
     from proctree.supervisor.notification import Notification
     from proctree.supervisor.spec import ChildSpec
+    from proctree.tree import Tree
 
 NOT_HANDED_ON = (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID")
-"""What our own manager has told us is not for our children: their READY is not ours."""
+"""What our own manager has told us: their READY is not ours."""
 
 
 class Owner(Protocol):
@@ -88,6 +91,7 @@ class Attempt:
         self._launched = False
         self._ending = False
         self.stopping = False
+        self._main_pid: int | None = None
 
     # -- from the launch to being ready
 
@@ -121,26 +125,46 @@ class Attempt:
         assert handle is not None
         tree = handle._tree
         self._watch_lines(handle)
-        environment = dict(tree.command.env)
-        if self.spec.options.get("env") is None:
-            for ours in NOT_HANDED_ON:
-                environment.pop(ours, None)
+        changes = self._variables(tree.command.env)
+        tree.command = tree.command.with_environment(changes)
+        tree.append_files()
+        tree.observers.append(self._happened)
+        tree.launch(self._loop)
+        self._launched = True
+
+    def _variables(self, env: Mapping[bytes, bytes]) -> dict[bytes, bytes | None]:
+        """What is different in its environment. What our own manager has told us is not for our
+        children, also when `env` is a copy of our environment."""
+        changes: dict[bytes, bytes | None] = {
+            name: None
+            for name in NOT_HANDED_ON
+            if name in env and env[name] == os.environb.get(name)
+        }
         if self.spec.notify:
             self._socket = NotifySocket(
                 self._loop,
-                tree.tree_id,
+                self._tree.tree_id,
                 self.spec.name,
-                tree.contained.has_member,
+                self._tree.contained.has_member,
                 self._received,
                 main_gone=self._successor_exited,
                 reachable=self._as_another_user,
             )
             for name, value in self._socket.environment(self.spec.watchdog).items():
-                environment[name.encode()] = value.encode()
-        tree.command = tree.command._replace(env=environment)
-        tree.observers.append(self._happened)
-        tree.launch(self._loop)
-        self._launched = True
+                changes[name.encode()] = value.encode()
+        return changes
+
+    @property
+    def _tree(self) -> Tree:
+        assert self.handle is not None
+        return self.handle._tree
+
+    @property
+    def pid(self) -> int | None:
+        """Its main process: the one it has named by MAINPID, if it has."""
+        if self._main_pid is not None or self.handle is None:
+            return self._main_pid
+        return self.handle.pid
 
     @property
     def _as_another_user(self) -> bool:
@@ -213,7 +237,8 @@ class Attempt:
             self.status = said.status
         if said.main_pid is not None and said.main_pid != self.handle.pid:
             # The one that is named is watched from now on, and its end is the child's.
-            self.handle._tree.happened(Event.SUCCEEDED)
+            self._main_pid = said.main_pid
+            self._tree.happened(Event.SUCCEEDED)
         if said.extend_seconds is not None:
             self._extend(said.extend_seconds)
         if said.watchdog_seconds is not None:
@@ -245,17 +270,14 @@ class Attempt:
     def _extend(self, seconds: float) -> None:
         """EXTEND_TIMEOUT_USEC: the deadline under way is not before that time from now. A tree that
         asks for it again and again would never be ended, so there is a bound on all of it."""
-        assert self.handle is not None
         seconds = min(seconds, self.spec.extension - self._extended)
-        tree = self.handle._tree
-        if seconds > 0 and tree.life.state is State.STOPPING:
-            self._extended += tree.extend(seconds)
+        if seconds > 0 and self._state is State.STOPPING:
+            self._extended += self._tree.extend(seconds)
         elif seconds > 0 and self._probing is not None:
             self._extended += self._probing.extend(seconds)
 
     def _successor_exited(self, status: int | None) -> None:
-        assert self.handle is not None
-        self.handle._tree.happened(Event.SUCCESSOR_EXITED, status=status)
+        self._tree.happened(Event.SUCCESSOR_EXITED, status=status)
 
     # -- the end
 
@@ -273,17 +295,15 @@ class Attempt:
 
     def end(self, reason: Reason, detail: str, policy: KillPolicy | None = None) -> None:
         """Ends the tree, and says why."""
-        assert self.handle is not None
         self._ending = True
         if self._watchdog is not None:
             self._watchdog.stop()
-        self.handle._tree.kill(self._loop, reason, detail, policy)
+        self._tree.kill(self._loop, reason, detail, policy)
 
     def _tree_ended(self) -> None:
-        assert self.handle is not None
-        outcome = self.handle._tree.outcome
+        outcome = self._tree.outcome
         assert outcome is not None
-        self.error = self.handle._tree.start_error
+        self.error = self._tree.start_error
         ready = self.spec.ready
         for captured in (outcome.stdout, outcome.stderr):
             self._tail.feed(captured or b"")

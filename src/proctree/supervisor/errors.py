@@ -56,3 +56,10 @@ class IntensityExceeded(ChildFailed):
     children have been stopped."""
 
     what = "was restarted too often"
+
+
+class ChildSurvived(ChildFailed):
+    """It was to be started again, and something of it could not be ended: see the survivors of its
+    outcome. A second one beside that is not started. The other children have been stopped."""
+
+    what = "could not be ended"

@@ -94,11 +94,22 @@ class Action(enum.Enum):
     STARTED = "started"
     """All children are up for the first time. None."""
     GIVE_UP = "give up"
-    """(child, why): the shutdown follows."""
+    """(child, why, `Cause`): the shutdown follows."""
     STOPPING = "stopping"
     """The shutdown begins: why."""
     FINISHED = "finished"
     """Nothing runs any more. None."""
+
+
+class Cause(enum.Enum):
+    """Why it is given up."""
+
+    START = "start"
+    """A child could not be started, or ended before it was ready, during the first start."""
+    INTENSITY = "intensity"
+    """One had to be restarted too often."""
+    SURVIVOR = "survivor"
+    """One is to be started again, and something of it could not be ended."""
 
 
 class Rules(NamedTuple):
@@ -296,14 +307,22 @@ class Plan:
         return self._answer()
 
     def ended(
-        self, name: str, now: float, *, failed: bool, why: str, unwanted: bool = False
+        self,
+        name: str,
+        now: float,
+        *,
+        failed: bool,
+        why: str,
+        unwanted: bool = False,
+        survived: bool = False,
     ) -> list[tuple[Action, Any]]:
-        """Nothing of it runs any more.
+        """Nothing of it runs any more, or nothing that could be ended.
 
         Args:
             failed: whether that was a failure.
             why: for people.
             unwanted: it is not to be started again, whatever its policy says.
+            survived: something of it could not be ended. It is not started beside that.
         """
         child = self.children[name]
         before, child.phase = child.phase, Phase.DOWN
@@ -319,6 +338,8 @@ class Plan:
             self._forget(child)
         elif self.stage is Stage.STOPPING:
             self._finish(child)
+        elif survived and self._comes_back(child, before is Phase.STOPPING or in_group, failed):
+            self._give_up(child, why, Cause.SURVIVOR)
         elif child.again:
             child.again = False
             if its_turn:
@@ -331,7 +352,7 @@ class Plan:
                 self._finish(child)
                 self._consider_shutdown(child, unwanted)
         elif self.stage is Stage.STARTING and before is Phase.STARTING:
-            self._give_up(child, why)
+            self._give_up(child, why, Cause.START)
         else:
             self._decide(child, now, failed, why, unwanted)
         child.up_since = None
@@ -371,19 +392,32 @@ class Plan:
         self._starts.discard(child)
         del self.children[child.name]
         self._ask(Action.FORGET, child)
+        if self.stage is Stage.RUNNING and self.children:
+            self._consider_shutdown(child, False)
 
     def _finish(self, child: Child) -> None:
         child.phase = Phase.DONE
         self._ask(Action.DONE, child)
 
+    def _is_restarted(self, child: Child, failed: bool) -> bool:
+        """By its policy."""
+        return child.restart is Restart.ALWAYS or (failed and child.restart is Restart.ON_FAILURE)
+
+    def _comes_back(self, child: Child, stopped: bool, failed: bool) -> bool:
+        """Whether a child that has ended would be started again, in whatever way."""
+        if child.again:
+            return True
+        if stopped:
+            return child in self._starts and child.restart is not Restart.NEVER
+        return self._is_restarted(child, failed)
+
     def _decide(self, child: Child, now: float, failed: bool, why: str, unwanted: bool) -> None:
         """It has ended by itself."""
-        again = child.restart is Restart.ALWAYS or (failed and child.restart is Restart.ON_FAILURE)
-        if unwanted or not again:
+        if unwanted or not self._is_restarted(child, failed):
             self._finish(child)
             self._consider_shutdown(child, True)
         elif not self._intensity.note(now):
-            self._give_up(child, why)
+            self._give_up(child, why, Cause.INTENSITY)
         else:
             if child.up_since is not None and now - child.up_since >= child.backoff.reset:
                 child.failures = 0
@@ -431,9 +465,9 @@ class Plan:
             child.phase is Phase.DONE for child in self.children.values()
         )
 
-    def _give_up(self, child: Child, why: str) -> None:
+    def _give_up(self, child: Child, why: str, cause: Cause) -> None:
         child.phase = Phase.DONE
-        self._ask(Action.GIVE_UP, (child, why))
+        self._ask(Action.GIVE_UP, (child, why, cause))
         self._shut_down(f"gave up on child {child.name!r}")
 
     def _shut_down(self, why: str) -> None:

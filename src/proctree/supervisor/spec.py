@@ -81,8 +81,9 @@ class ChildSpec:
         tail: bytes of its output that are kept, to be shown when it makes its supervisor give up.
             Default 4096. With 0, output that goes nowhere else does not go through the supervisor.
         options: all others of `WatchedSubprocess`. What differs: `stdin` is DEVNULL by default,
-            except with `pty`, `name` is the child's, and the variables NOTIFY_SOCKET,
-            WATCHDOG_USEC and WATCHDOG_PID of our own environment are not handed on.
+            except with `pty`; `name` is the child's; files for output are appended to, at each
+            start; and the variables NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID of our own
+            environment are not handed on.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -142,6 +143,16 @@ class ChildSpec:
         if isinstance(ready, OutputLine):
             self._check_line(ready)
         self.make(None)
+
+    def replace(self, **changes: Any) -> ChildSpec:
+        """The same child but for these arguments: a pool is `spec.replace(name=f"worker-{n}")`.
+
+        Raises:
+            TypeError, ValueError: as the class.
+        """
+        fields = attrs.asdict(self, recurse=False)
+        options = fields.pop("options")
+        return ChildSpec(**{**fields, **options, **changes})
 
     def _check_line(self, line: OutputLine) -> None:
         wanted = ("stdout", "stderr") if line.stream is None else (line.stream,)

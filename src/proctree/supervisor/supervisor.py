@@ -2,479 +2,39 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
 import os
 import signal
 import sys
 import threading
-import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-import attrs
-
-from proctree import events, subscriptions, transitions
-from proctree import loop as _loop
 from proctree.errors import ProctreeError
 from proctree.latch import Latch
-from proctree.loop import Timer
-from proctree.outcome import Outcome
-from proctree.policy import KillPolicy, to_seconds
-from proctree.records import Reason
-from proctree.supervisor import happenings
-from proctree.supervisor.attempt import Attempt
-from proctree.supervisor.beating import BeatEvent, BeatFailed, Beating
-from proctree.supervisor.errors import ChildFailed, IntensityExceeded, StartFailed
+from proctree.policy import to_seconds
+from proctree.supervisor.child import Child, ChildInfo
+from proctree.supervisor.errors import ChildFailed
 from proctree.supervisor.fields import to_period
-from proctree.supervisor.heartbeat import Beat
 from proctree.supervisor.manager import Manager
-from proctree.supervisor.notification import Notification
-from proctree.supervisor.plan import Action, Phase, Plan, Rules, Stage
-from proctree.supervisor.plan import Child as Planned
-from proctree.supervisor.probing import Probing
-from proctree.supervisor.readiness import Completed
+from proctree.supervisor.plan import Rules, Stage
 from proctree.supervisor.restarts import (
     AutoShutdown,
     Strategy,
     one_of,
 )
+from proctree.supervisor.running import Running
 from proctree.supervisor.spec import ChildSpec
-from proctree.supervisor.tail import Tail
 
 STOP_TIMEOUT = 90.0
 """Seconds; systemd's DefaultTimeoutStopSec."""
 
 EXIT_FAILED = 1
 
-EXITING = "the interpreter is exiting"
-EXIT_SECONDS = 5.0
-"""That the loop may take to hear of it."""
-
 T = TypeVar("T")
-
-
-@attrs.frozen
-class ChildInfo:
-    """A child at one moment.
-
-    Attributes:
-        name: of the child.
-        phase: where it is: `"down"`, `"starting"`, `"up"`, `"stopping"`, `"backoff"` or `"done"`.
-        pid, tree_id: of its present start, or the last one; None before the first.
-        status: what it said last by STATUS of sd_notify(3).
-        starts: how many times it was started.
-        restarts: how many of them because it had ended.
-        outcome: of its last start that has ended, or None.
-        lines: its last lines of output.
-    """
-
-    name: str
-    phase: Phase
-    pid: int | None
-    tree_id: str | None
-    status: str
-    starts: int
-    restarts: int
-    outcome: Outcome | None
-    lines: tuple[str, ...] = attrs.field(repr=False)
-
-
-class _Child:
-    """A child and its present start. Everything on the loop's thread."""
-
-    def __init__(self, supervisor: _Running, spec: ChildSpec) -> None:
-        self.spec = spec
-        self.tail = Tail(spec.tail)
-        self.attempt: Attempt | None = None
-        self.outcome: Outcome | None = None
-        self.starts = 0
-        self.unwanted = False
-        self.up: list[Callable[[Exception | None], None]] = []
-        """Who waits until it is ready, or will not be."""
-        self.gone: list[Callable[[], None]] = []
-        self._supervisor = supervisor
-        self._probing: Probing | None = None
-        if spec.ready is not None and not isinstance(spec.ready, Completed):
-            self._probing = Probing(
-                supervisor.loop, spec.ready, self._probed_ready, self._probed_not_ready
-            )
-        self._beating: Beating | None = None
-        if spec.heartbeat is not None:
-            self._beating = Beating(
-                supervisor.loop, spec.heartbeat, self._rejected, self._heart_failed, self._beat
-            )
-
-    def launch(self) -> None:
-        self.starts += 1
-        self.unwanted = False
-        loop = self._supervisor.loop
-        self.attempt = Attempt(loop, self.spec, self.tail, self._probing, self)
-        self.attempt.launch()
-
-    @property
-    def _tree_id(self) -> str:
-        attempt = self.attempt
-        return "" if attempt is None or attempt.handle is None else attempt.handle.tree_id
-
-    def _tell(self, kind: Callable[..., Any], *values: Any) -> None:
-        self._supervisor.tell(kind, self.spec.name, self._tree_id, *values)
-
-    # -- what its start says
-
-    def launched(self, attempt: Attempt) -> None:
-        self._tell(happenings.ChildStarting, self.starts)
-
-    def began(self, attempt: Attempt) -> None:
-        if self._beating is not None and attempt.handle is not None:
-            handle = attempt.handle
-            self._beating.start(Beat(self.spec.name, handle.tree_id, handle.pid))
-
-    def became_ready(self, attempt: Attempt) -> None:
-        assert attempt.handle is not None
-        seconds = self._supervisor.now() - attempt.launched_at
-        self._tell(happenings.ChildReady, attempt.handle.pid, seconds)
-        self._supervisor.ready(self)
-
-    def said(self, attempt: Attempt, notification: Notification) -> None:
-        if notification.status is not None:
-            self._tell(happenings.ChildStatus, attempt.status)
-        if notification.reloading:
-            self._tell(happenings.ChildReloading)
-
-    def ended(self, attempt: Attempt) -> None:
-        if self._beating is not None:
-            self._beating.stop()
-        self.outcome = attempt.outcome
-        outcome = attempt.outcome
-        self._tell(
-            happenings.ChildEnded,
-            _reason_without_outcome(attempt) if outcome is None else outcome.reason,
-            attempt.why if outcome is None else outcome.detail,
-            None if outcome is None else outcome.returncode,
-            attempt.failed,
-        )
-        self._supervisor.ended(self)
-
-    @property
-    def runs(self) -> bool:
-        return self.attempt is not None and not self.attempt.over
-
-    def _probed_ready(self) -> None:
-        assert self.attempt is not None
-        self.attempt.become_ready()
-
-    def _probed_not_ready(self, why: str) -> None:
-        assert self.attempt is not None
-        self.attempt.not_ready(why)
-
-    def _beat(self, event: BeatEvent) -> None:
-        if isinstance(event, BeatFailed):
-            self._tell(happenings.HeartbeatMissed, event.in_a_row, event.allowed, event.error)
-
-    def _rejected(self, detail: str) -> None:
-        self.unwanted = True
-        self._end(Reason.HEARTBEAT_REJECTED, detail)
-
-    def _heart_failed(self, detail: str) -> None:
-        self._end(Reason.HEARTBEAT_FAILED, detail)
-
-    def _end(self, reason: Reason, detail: str) -> None:
-        assert self.attempt is not None
-        self.attempt.end(reason, detail)
-
-    def info(self, planned: Planned) -> ChildInfo:
-        attempt = self.attempt
-        handle = None if attempt is None else attempt.handle
-        return ChildInfo(
-            name=self.spec.name,
-            phase=planned.phase,
-            pid=None if handle is None else handle.pid,
-            tree_id=None if handle is None else handle.tree_id,
-            status="" if attempt is None else attempt.status,
-            starts=self.starts,
-            restarts=planned.restarts,
-            outcome=self.outcome,
-            lines=self.tail.lines(),
-        )
-
-
-def _reason_without_outcome(attempt: Attempt) -> Reason:
-    return Reason.KILLED if attempt.error is None else Reason.EXEC_FAILED
-
-
-Decision = list[tuple[Action, Any]]
-
-
-class _Running:
-    """The plan, bound to the loop and to the children. Everything on the loop's thread."""
-
-    def __init__(self, name: str, rules: Rules, stop_timeout: float) -> None:
-        self.name = name
-        self.owner_pid = os.getpid()
-        self.loop = _loop.get()
-        self.plan = Plan(rules)
-        self.children: dict[str, _Child] = {}
-        self.failure: ProctreeError | None = None
-        self.asked = False
-        """To start, or to stop: then there will be an end."""
-        self.started = False
-        self.stopped_for = ""
-        self.up = Latch()
-        self.closed = Latch()
-        self.observers: list[Callable[[], None]] = []
-        """Called when `up` or `closed` has been set. Must not block, nor raise."""
-        self.manager: Manager | None = None
-        self._stop_timeout = stop_timeout
-        self._stop_why = ""
-        self._backoffs: dict[str, Timer] = {}
-        self._deadline: Timer | None = None
-        self._acting = False
-        self._actions: Decision = []
-        self._defective = False
-        _all.add(self)
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def require_owner(self) -> None:
-        """A forked child holds a copy of us, but none of our trees, and no loop.
-
-        Raises:
-            ProctreeError: this is one.
-        """
-        if self.owner_pid != os.getpid():
-            raise ProctreeError(
-                f"supervisor {self.name!r} belongs to process {self.owner_pid}; this is process "
-                f"{os.getpid()}, a fork of it"
-            )
-
-    def post(self, function: Callable[[], None]) -> None:
-        """From any thread.
-
-        Raises:
-            ProctreeError: in a forked child.
-        """
-        self.require_owner()
-        self.loop.post(function)
-
-    def tell(self, kind: Callable[..., Any], *values: Any) -> None:
-        subscriptions.publish(kind(self.name, *values, transitions.now()))
-
-    def act(self, decide: Callable[..., Decision], *args: Any, **facts: Any) -> None:
-        """Asks the plan and does what it wants, in order: what comes of one action waits for the
-        others."""
-        if self._defective:
-            self._look_for_end()
-            return
-        with self._guarded(decide.__name__):
-            self._actions += decide(*args, **facts)
-        if self._acting:
-            return
-        self._acting = True
-        while self._actions:
-            action, payload = self._actions.pop(0)
-            with self._guarded(action.value):
-                self._DO[action](self, payload)
-        self._acting = False
-
-    @contextlib.contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            events.error(
-                "supervisor.defect", supervisor=self.name, at=what, error=repr(error), exc_info=True
-            )
-            if not self._defective:
-                self._abandon(what, error)
-
-    def _abandon(self, what: str, error: Exception) -> None:
-        """Ours to mend, but until then it must not leave a tree that nobody ends, nor anybody
-        waiting: the plan is not to be believed any more, so all is ended without it."""
-        self._defective = True
-        self.plan.stage = Stage.CLOSED
-        self.failure = ProctreeError(
-            f"supervisor {self.name!r} has a defect (at {what}: {error!r}) and ended its children"
-        )
-        self._actions.clear()
-        for timer in self._backoffs.values():
-            timer.cancel()
-        for child in self.children.values():
-            if child.attempt is not None and child.runs:
-                child.attempt.stop("its supervisor has a defect", KillPolicy.now())
-        self._look_for_end()
-
-    def _look_for_end(self) -> None:
-        if self.closed.is_set() or any(child.runs for child in self.children.values()):
-            return
-        for child in self.children.values():
-            self._release(child, self._start_failed(child, "its supervisor has a defect"))
-            for resolve in child.gone:
-                resolve()
-        self._finished(None)
-
-    def begin(self) -> None:
-        """From any thread."""
-        self.post(lambda: self.act(self.plan.begin))
-
-    # -- what happens to children
-
-    def ready(self, child: _Child) -> None:
-        self.act(self.plan.ready, child.spec.name, self.now())
-        self._release(child, None)
-
-    def ended(self, child: _Child) -> None:
-        attempt = child.attempt
-        assert attempt is not None
-        if not attempt.ready:
-            self._release(child, self._start_failed(child, attempt.why))
-        self.act(
-            self.plan.ended,
-            child.spec.name,
-            self.now(),
-            failed=attempt.failed,
-            why=attempt.why,
-            unwanted=child.unwanted,
-        )
-
-    def _start_failed(self, child: _Child, why: str) -> StartFailed:
-        return StartFailed(self.name, child.spec.name, why, child.outcome, child.tail.lines())
-
-    def _release(self, child: _Child, error: Exception | None) -> None:
-        waiting, child.up = child.up, []
-        for resolve in waiting:
-            resolve(error)
-
-    # -- what is to be done
-
-    def _launch(self, planned: Planned) -> None:
-        self.children[planned.name].launch()
-
-    def _stop(self, planned: Planned) -> None:
-        self._end(planned, None)
-
-    def _stop_now(self, planned: Planned) -> None:
-        self._end(planned, KillPolicy.now())
-
-    def _end(self, planned: Planned, policy: KillPolicy | None) -> None:
-        child = self.children[planned.name]
-        assert child.attempt is not None
-        if not child.attempt.stopping:
-            child._tell(happenings.ChildStopping)
-        child.attempt.stop(self._stop_why or "stopped by its supervisor", policy)
-
-    def _arm_backoff(self, payload: tuple[Planned, float]) -> None:
-        planned, delay = payload
-        child = self.children[planned.name]
-        assert child.attempt is not None
-        why = child.attempt.why
-        self.tell(happenings.ChildRestarting, planned.name, planned.restarts, delay, why)
-
-        def due() -> None:
-            del self._backoffs[planned.name]
-            self.act(self.plan.backoff_due, planned.name)
-
-        self._backoffs[planned.name] = self.loop.call_later(delay, due)
-
-    def _disarm_backoff(self, planned: Planned) -> None:
-        self._backoffs.pop(planned.name).cancel()
-
-    def _forget(self, planned: Planned) -> None:
-        child = self.children.pop(planned.name)
-        self._release(child, self._start_failed(child, "it was removed"))
-        for resolve in child.gone:
-            resolve()
-
-    def _done(self, planned: Planned) -> None:
-        child = self.children[planned.name]
-        self._release(child, self._start_failed(child, "its supervisor stops"))
-        self.tell(happenings.ChildDone, planned.name)
-
-    def _started(self, _nothing: None) -> None:
-        self.started = True
-        self.tell(happenings.SupervisorStarted, len(self.children))
-        if self.manager is not None:
-            self.manager.started(len(self.children))
-        self.up.set()
-        self._turn()
-
-    def _give_up(self, payload: tuple[Planned, str]) -> None:
-        planned, why = payload
-        child = self.children[planned.name]
-        starting = not self.up.is_set()
-        if not starting:
-            rules = self.plan.rules
-            why = f"more than {rules.restarts} restarts within {rules.period:g} s; last, {why}"
-        kind = StartFailed if starting else IntensityExceeded
-        lines = child.tail.lines()
-        self.failure = kind(self.name, planned.name, why, child.outcome, lines)
-        self.tell(happenings.SupervisorGaveUp, planned.name, why, lines)
-        self.tell(happenings.ChildDone, planned.name)
-
-    def _stopping(self, why: str) -> None:
-        self.stopped_for = why
-        self._stop_why = f"its supervisor stops: {why}" if why else ""
-        self.tell(happenings.SupervisorStopping, why)
-        if self.manager is not None:
-            self.manager.stopping()
-        self._deadline = self.loop.call_later(self._stop_timeout, self._hurry)
-
-    def let_go(self, done: Callable[[], None]) -> None:
-        """Nothing is launched any more; `done` when all that was launched is known to be."""
-        self.act(self.plan.shutdown, EXITING)
-        self.loop.post(done)
-
-    def _hurry(self) -> None:
-        self.act(self.plan.hurry)
-
-    def _finished(self, _nothing: None) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self.manager is not None:
-            self.manager.close()
-        self.tell(happenings.SupervisorStopped)
-        self.closed.set()
-        self.up.set()
-        self._turn()
-
-    def _turn(self) -> None:
-        for observer in tuple(self.observers):
-            observer()
-
-    _DO: ClassVar[dict[Action, Callable[[_Running, Any], None]]] = {
-        Action.LAUNCH: _launch,
-        Action.STOP: _stop,
-        Action.STOP_NOW: _stop_now,
-        Action.ARM_BACKOFF: _arm_backoff,
-        Action.DISARM_BACKOFF: _disarm_backoff,
-        Action.FORGET: _forget,
-        Action.DONE: _done,
-        Action.STARTED: _started,
-        Action.GIVE_UP: _give_up,
-        Action.STOPPING: _stopping,
-        Action.FINISHED: _finished,
-    }
-
-
-_all: weakref.WeakSet[_Running] = weakref.WeakSet()
-
-
-def _at_exit() -> None:
-    """What holds the children ends them when the interpreter is gone, or before (watched.py, which
-    is asked after us): to be started again is not what they are ended for."""
-    for running in tuple(_all):
-        if running.owner_pid == os.getpid() and not running.closed.is_set():
-            done = Latch()
-            running.post(lambda running=running, done=done: running.let_go(done.set))  # type: ignore[misc]
-            done.wait(EXIT_SECONDS)
-
-
-atexit.register(_at_exit)
 
 
 class Supervisor:
@@ -531,7 +91,7 @@ class Supervisor:
         for spec_name, count in Counter(spec.name for spec in specs).items():
             if count > 1:
                 raise ValueError(f"name: there are two children called {spec_name!r}")
-        self._running = _Running(name, rules, to_seconds(stop_timeout, "stop_timeout"))
+        self._running = Running(name, rules, to_seconds(stop_timeout, "stop_timeout"))
         for spec in specs:
             self._insert(spec)
         self._asked = False
@@ -544,7 +104,7 @@ class Supervisor:
     ) -> None:
         """`up` is told before this returns when its start fails at once."""
         running = self._running
-        child = running.children[spec.name] = _Child(running, spec)
+        child = running.children[spec.name] = Child(running, spec)
         if up is not None:
             child.up.append(up)
         running.act(running.plan.add, spec.name, spec.restart, spec.backoff)
@@ -611,7 +171,7 @@ class Supervisor:
 
         Raises:
             StartFailed: as `start`.
-            IntensityExceeded: it gave up.
+            IntensityExceeded, ChildSurvived: it gave up.
             ProctreeError: it was started before.
         """
         self._take_token()
@@ -780,6 +340,7 @@ class Supervisor:
 
     def _ask(self, function: Callable[[], T]) -> T:
         """Calls it on the loop's thread, where nothing else changes meanwhile."""
+        self._running.forbid_loop()
         done = Latch()
         results: list[T] = []
         errors: list[Exception] = []
@@ -835,6 +396,7 @@ class Supervisor:
         """
         seconds = None if timeout is None else to_seconds(timeout, "timeout")
         self._running.require_owner()
+        self._running.forbid_loop()
         if timeout is None and not self._running.asked:
             raise RuntimeError(f"supervisor {self.name!r} was not started: nothing to wait for")
         ended = self._running.closed.wait(seconds)
