@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import proctree
-from integration.conftest import QUICK, Lines, eventually, is_alive, living
+from integration.conftest import QUICK, Lines, available, eventually, is_alive, living
+from integration.fault_tools import cgroup_mount
 from proctree import KillPolicy, Reason, Stage, WatchedSubprocess
 from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.process import proof
@@ -151,6 +152,42 @@ def test_leftovers_may_be_left(containment: str, tmp_path: Path) -> None:
         writer.write("still alive")
     eventually(lambda: not is_alive(left.pid), "it ends when it has read everything")
     assert (tmp_path / "copy").read_text() == "still alive"
+
+
+@pytest.mark.parametrize("containment", ["cgroup", "warden", "group"])
+def test_what_is_let_go_while_it_is_frozen_goes_on(containment: str, tmp_path: Path) -> None:
+    """Nobody would be left who could thaw it."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    handle = WatchedSubprocess.start(
+        ["sh", "-c", f"cat {fifo} & exec sleep 1000"],
+        leftovers="leave",
+        containment=available(containment),
+        stdin=proctree.DEVNULL,
+    )
+    writer = os.open(fifo, os.O_WRONLY)  # opens when cat has opened it
+    handle.freeze()
+    assert handle.pid is not None
+    eventually(lambda: not runs(handle.pid), "it is frozen")
+    os.kill(handle.pid, signal.SIGKILL)
+    outcome = handle.wait(timeout=60)
+    assert outcome is not None
+    (left,) = outcome.leftovers
+    eventually(lambda: runs(left.pid), "it goes on")
+    os.close(writer)
+    eventually(lambda: not is_alive(left.pid), "it ends when it has read everything")
+
+
+def runs(pid: int | None) -> bool:
+    """Or sleeps, but could run: neither SIGSTOP nor a frozen cgroup keeps it from that."""
+    try:
+        stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        cgroup = Path(f"/proc/{pid}/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        mount = cgroup_mount("cgroup2")
+        events = None if mount is None else mount / cgroup.lstrip("/") / "cgroup.events"
+        return not stopped and (events is None or "frozen 1" not in events.read_text())
+    except FileNotFoundError:
+        return False
 
 
 def test_a_thousand_processes_in_a_thousand_sessions(actors: str, containment: str) -> None:

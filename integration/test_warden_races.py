@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 import proctree
-from integration.conftest import DEADLINE, available, eventually, is_alive
+from integration.conftest import DEADLINE, available, eventually, is_alive, start_supervisor
 from integration.test_warden_faults import warden_of
 from integration.wards import standing_loop
 from proctree import (
@@ -225,6 +226,50 @@ def test_it_is_let_go_by_a_warden_that_could_not_be_told_at_once(leaver: Leaver)
     os.kill(warden, signal.SIGCONT)
     eventually(lambda: state_of(warden) is None, "the warden is through")
     leaver.lives_on()
+
+
+LEAVES = """
+import os, signal, sys, time
+import proctree
+from proctree.process import proof
+handle = proctree.WatchedSubprocess.start(
+    ["sh", "-c", f"sleep 1000 & echo $!; read _ <{sys.argv[1]}; exit 0"],
+    containment="warden", leftovers="leave", stdin=proctree.DEVNULL,
+)
+contained, loop = handle._tree.contained, handle._tree._loop
+os.kill(contained._warden, signal.SIGSTOP)
+while proof.read_stat(contained._warden).state != "T": time.sleep(0.001)
+with open(sys.argv[1], "w") as file: file.write("go\\n")
+while not proof.read_stat(handle.pid).dead: time.sleep(0.001)
+for _ in range(20):
+    handle.signal(signal.SIGCONT, "main")
+def go():
+    contained.release()
+    os.write(1, b"warden %d\\n" % contained._warden)
+    os._exit(0)
+loop.post(go)
+time.sleep(1000)
+"""
+
+
+def test_race_the_supervisor_ends_right_behind_release(tmp_path: Path) -> None:
+    """The warden sees both at once: its end, and what it had said before."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with start_supervisor(LEAVES, str(fifo)) as supervisor:
+        assert supervisor.stdout is not None
+        left = int(supervisor.stdout.readline())
+        warden = int(supervisor.stdout.readline().split()[1])
+        supervisor.wait(DEADLINE)
+    pidfd = os.pidfd_open(left)
+    os.kill(warden, signal.SIGCONT)
+    eventually(lambda: state_of(warden) in (None, "Z"), "the warden is through")
+    try:
+        assert is_alive(left)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
 
 
 def test_the_loop_rests_while_the_output_of_what_is_left_is_waited_for(tmp_path: Path) -> None:

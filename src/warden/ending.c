@@ -126,6 +126,7 @@ static void stop_tree(struct warden *w)
 /* The kernel's freezer stops a cgroup as a whole and shows nothing of it to a shell in the tree. */
 void freeze_tree(struct warden *w)
 {
+    w->frozen = true;
     if (w->leaf >= 0)
         cgroup_freeze(w, true);
     if (!w->leaf_frozen)
@@ -134,6 +135,7 @@ void freeze_tree(struct warden *w)
 
 struct sent thaw_tree(struct warden *w, uint32_t serial)
 {
+    w->frozen = false;
     const struct message_stage stage = {.signo = SIGCONT, .scope = SCOPE_TREE};
     return send_signal(w, &stage, serial);
 }

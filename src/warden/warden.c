@@ -38,6 +38,7 @@
 /* How long a supervisor may take to act on a signal that asked the warden to end, before the
  * warden ends the tree by itself: a stopped supervisor must not keep it alive. */
 #define ASKED_PATIENCE_MS 1000
+#define LAST_WORDS_MAX 1024
 
 /* How long the end of what had been made for a tree that cannot begin may take. */
 #define ABANDON_PATIENCE_MS 2000
@@ -113,6 +114,9 @@ static enum verdict obey(struct warden *w, const union request *request)
         answer(w, thaw_tree(w, serial), serial);
         return GO_ON;
     case MESSAGE_RELEASE:
+        /* Nobody would be left who could let it go on. */
+        if (w->frozen)
+            thaw_tree(w, serial);
         cgroup_evacuate(w);
         leave_nothing(w);
         return FINISHED;
@@ -133,6 +137,20 @@ static enum verdict read_control(struct warden *w)
     if (!request_valid(&request, (size_t)size))
         return refuse(w);
     return obey(w, &request);
+}
+
+/* The supervisor has ended.  What it said last is obeyed first, and that may be RELEASE; it is no
+ * more than a socket holds, and whoever has a copy of the other end does not keep us here. */
+static enum verdict hear_out(struct warden *w)
+{
+    struct pollfd fd = {.fd = w->control, .events = POLLIN};
+    enum verdict verdict = GO_ON;
+    for (int i = 0; i < LAST_WORDS_MAX && verdict == GO_ON && w->control >= 0; i++) {
+        if (poll(&fd, 1, 0) <= 0)
+            break;
+        verdict = read_control(w);
+    }
+    return verdict;
 }
 
 /* ---- Signals that the warden itself receives ---- */
@@ -290,8 +308,11 @@ static enum verdict turn(struct warden *w)
         verdict = read_control(w);
     /* A forked helper of the host program may hold a copy of the socket, so that its end never
      * comes: the pidfd does not have that problem. */
-    if (verdict == GO_ON && fds[2].revents && w->supervisor >= 0)
-        verdict = supervisor_lost(w);
+    if (verdict == GO_ON && fds[2].revents && w->supervisor >= 0) {
+        verdict = hear_out(w);
+        if (verdict == GO_ON && w->supervisor >= 0)
+            verdict = supervisor_lost(w);
+    }
     return verdict == GO_ON ? run_timers(w) : verdict;
 }
 

@@ -83,6 +83,7 @@ struct warden {
     int leaf;         /* the cgroup of the tree */
     int leaf_events;  /* its cgroup.events */
     bool leaf_frozen;
+    bool frozen; /* by FREEZE, however that was done */
     pid_t init;       /* of the tree's PID namespace: ours to reap, and no member */
     int init_link;    /* the socket to it */
     int entry;        /* the locked file in the registry of running trees */

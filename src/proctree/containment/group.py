@@ -67,6 +67,7 @@ class GroupContained(Contained):
         self._command: Command
         self._report = -1
         self._main_pidfd = -1
+        self._frozen = False
         self._main_start = 0
         self._main_exited = False
         self._reaped = False
@@ -458,6 +459,7 @@ class GroupContained(Contained):
         return None
 
     def set_frozen(self, frozen: bool) -> None:
+        self._frozen = frozen
         self.send(Stage(signal.SIGSTOP if frozen else signal.SIGCONT), resume=False)
 
     def survey(self) -> None:
@@ -499,6 +501,9 @@ class GroupContained(Contained):
         Worker().post(work)
 
     def release(self) -> None:
+        if self._frozen:
+            # Nobody would be left who could let it go on.
+            self._send(0, Stage(signal.SIGCONT), resume=False)
         self.close()
 
     def root(self) -> int | None:

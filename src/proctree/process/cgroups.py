@@ -245,9 +245,14 @@ def _populated(events_fd: int) -> bool:
 
 
 def _members(path: str) -> Iterator[int]:
-    for folder, _folders, _files in os.walk(path):
+    # Not os.walk, which recurses up to Python 3.11: a tree may nest a thousand cgroups.
+    left = [path]
+    while left:
+        folder = left.pop()
         for word in _words(f"{folder}/cgroup.procs"):
             yield int(word)
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            left += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _kill_members(path: str) -> None:
