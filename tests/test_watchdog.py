@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from tests.on_loop import LONG, on_loop
 
 from proctree import loop as loop_module
 from proctree.loop import Loop
 from proctree.supervisor import watchdog as watchdog_module
 from proctree.supervisor.watchdog import Watchdog
 
-LONG = 60.0
 NEVER = 3600.0
-T = TypeVar("T")
-
-
-def on_loop(function: Callable[[], T]) -> T:
-    future: Future[T] = Future()
-
-    def job() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    loop_module.get().post(job)
-    return future.result(LONG)
 
 
 class Watched:
