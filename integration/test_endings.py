@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import proctree
-from integration.conftest import QUICK, Lines, available, eventually, is_alive, living
+from integration.conftest import DEADLINE, QUICK, Lines, available, eventually, is_alive, living
 from integration.fault_tools import cgroup_mount
 from proctree import KillPolicy, Reason, Stage, WatchedSubprocess
 from proctree.containment.warden import WARDEN_VARIABLE, warden_path
@@ -417,6 +417,17 @@ def test_a_callable(containment: str) -> None:
     assert outcome.returncode == 5
     assert [member.name for member in outcome.leftovers] == ["sleep"]
     assert not living()
+
+
+def test_a_callable_that_supervises(containment: str) -> None:
+    """The lock around descriptors is held when we fork it, and free in the child: for all of its
+    threads."""
+
+    def target() -> None:
+        sys.exit(proctree.run(["sh", "-c", "exit 5"]).returncode)
+
+    outcome = proctree.run(target, containment=containment, kill=QUICK, timeout=DEADLINE)
+    assert (outcome.reason, outcome.returncode) == (Reason.EXITED, 5)
 
 
 def test_a_callable_that_ends_before_its_warden_is_there(

@@ -71,14 +71,25 @@ def in_forked_child(function: Callable[[], None]) -> None:
     _after_fork.append(function)
 
 
+def _before() -> None:
+    _lock.acquire()
+
+
+def _parent() -> None:
+    _lock.release()
+
+
 def _child() -> None:
+    # A new one: the thread that forked may hold the old one several times over, as it does when we
+    # fork a function ourselves, and no other thread here would ever get it.
+    global _lock
+    _lock = threading.RLock()
     for fd in _owned:
         with contextlib.suppress(OSError):
             os.close(fd)
     _owned.clear()
-    _lock.release()
     for function in _after_fork:
         function()
 
 
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_child)
+os.register_at_fork(before=_before, after_in_parent=_parent, after_in_child=_child)
