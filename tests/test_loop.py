@@ -260,6 +260,43 @@ def test_an_event_for_what_has_just_been_unregistered_is_dropped(loop, pipes, ca
     assert caplog.records == []
 
 
+def test_an_event_for_a_number_that_has_just_got_another_file_is_dropped(loop, pipes):
+    """Two are readable in one turn, and whoever comes first closes the other, whose number another
+    file gets at once. That one is told of when it is ready itself."""
+    (one, one_end), (two, two_end), (new, new_end) = pipes[:3]
+    calls: list[str] = []
+
+    def reused(_mask: int) -> None:
+        calls.append("reused")
+        loop.unregister(one)
+        loop.unregister(two)
+
+    def handler(ours: int, other: int) -> Callable[[int], None]:
+        def called(_mask: int) -> None:
+            calls.append("first")
+            loop.unregister(ours)
+            loop.unregister(other)
+            os.dup2(new, other)
+            loop.register(other, READ, reused)
+
+        return called
+
+    def arm() -> None:
+        for end in (one_end, two_end):
+            os.write(end, b"x")
+        loop.register(one, READ, handler(one, two))
+        loop.register(two, READ, handler(two, one))
+
+    on(loop, arm)
+    for _ in range(3):
+        on(loop, lambda: None)
+    assert calls == ["first"]
+    os.write(new_end, b"x")
+    for _ in range(3):
+        on(loop, lambda: None)
+    assert calls == ["first", "reused"]
+
+
 def test_unregistering_twice_does_no_harm(loop, pipes):
     def job() -> None:
         loop.register(pipes[0][0], READ, lambda _mask: None)

@@ -80,6 +80,8 @@ class Loop:
                 raise
         self._handlers: dict[int, Handler] = {}
         self._unwatched: dict[int, int] = {}
+        self._gone: set[int] = set()
+        """What was unregistered since epoll was asked last."""
         self._looking = False
         # A deque and not a queue.Queue: its append takes no lock, so that a signal handler may post
         # while the thread that it interrupted is posting.
@@ -151,6 +153,7 @@ class Loop:
 
     def unregister(self, fd: int) -> None:
         """Before `fd` is closed: afterwards its number may be another tree's."""
+        self._gone.add(fd)
         if self._handlers.pop(fd, None) is not None and self._unwatched.pop(fd, None) is None:
             # Should it fail, somebody closed `fd` behind our back, and epoll forgot it then. What
             # else is to be given back must not suffer.
@@ -213,8 +216,9 @@ class Loop:
 
     def _turn_for_ever(self) -> None:
         poll = self._epoll.poll
-        handlers = self._handlers
+        handlers, gone = self._handlers, self._gone
         while True:
+            gone.clear()
             worker.end_turn(self)
             ready = poll(self._timeout())
             worker.begin_turn(self)
@@ -222,8 +226,12 @@ class Loop:
                 if fd == self._wake:
                     self._drain_wake()
                     continue
+                if fd in gone:
+                    # An earlier event of this very batch closed it, and may have given its number
+                    # to another file, which is not what this tells of. Should that be ready as
+                    # well, it is told again: nothing here is edge-triggered.
+                    continue
                 handler = handlers.get(fd)
-                # None: an earlier event of this very batch closed it.
                 if handler is not None:
                     self._guard(handler, mask)
             self._run_inbox()
