@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from proctree.errors import ContainmentUnavailable, ProctreeError, TreeFailed
+from proctree.errors import ContainmentUnavailable, ProctreeError, TemplateFailed, TreeFailed
 from proctree.lifecycle import State
 from proctree.policy import KillPolicy, Leftovers, Scope, Stage
 from proctree.records import Cut, Member, Reason, StageSent, Usage
@@ -38,10 +38,12 @@ from proctree.watched import WatchedSubprocess, run
 
 if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
+    from proctree.functions import Function
     from proctree.limits import Limits
     from proctree.outcome import Outcome
     from proctree.registry import RegistryUnusable, Swept, sweep
     from proctree.sinks import Capture, Chunks, Lines, Log
+    from proctree.template import Template
 
 __version__ = "0.1.0"
 
@@ -60,6 +62,7 @@ __all__ = [
     "ContainmentUnavailable",
     "Cut",
     "EventsMissed",
+    "Function",
     "KillPolicy",
     "Leftovers",
     "Limits",
@@ -79,6 +82,8 @@ __all__ = [
     "Stdio",
     "Subscription",
     "Swept",
+    "Template",
+    "TemplateFailed",
     "TreeDraining",
     "TreeEnded",
     "TreeFailed",
@@ -102,11 +107,13 @@ _LAZY = {
     "Chunks": "proctree.sinks",
     "Lines": "proctree.sinks",
     "Log": "proctree.sinks",
+    "Function": "proctree.functions",
     "Limits": "proctree.limits",
     "Outcome": "proctree.outcome",
     "RegistryUnusable": "proctree.registry",
     "SpawnAttributes": "proctree.attributes",
     "Swept": "proctree.registry",
+    "Template": "proctree.template",
     "sweep": "proctree.registry",
 }
 

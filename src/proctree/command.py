@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
+    from proctree.functions import ForkServer, Function
 
 TREE_VARIABLE = "PROCTREE_TREE"
 """Environment variable that names the trees a process is in: the outermost first, slashes between.
@@ -18,7 +20,7 @@ CHANNEL_VARIABLE = "PROCTREE_CHANNEL"
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Argv = Sequence[StrPath]
-Target = Argv | Callable[[], object]
+Target: TypeAlias = "Argv | Callable[[], object] | Function | str"
 
 
 class Command(NamedTuple):
@@ -34,6 +36,9 @@ class Command(NamedTuple):
         attributes: what it is given besides, or None.
         terminal: whether its standard input becomes its controlling terminal.
         new_session: whether it leads a session of its own, or only a process group.
+        payload: what a fresh interpreter, or a fork of the template, is to call; see
+            process/fresh.py. None for anything else.
+        template: what is to fork it, or None.
     """
 
     argv: tuple[bytes, ...]
@@ -45,6 +50,13 @@ class Command(NamedTuple):
     attributes: SpawnAttributes | None = None
     terminal: bool = False
     new_session: bool = True
+    payload: bytes | None = None
+    template: ForkServer | None = None
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether its main process is forked by Python, and not executed."""
+        return self.function is not None or self.template is not None
 
     def with_channel(self, fd: int, description: bytes) -> Command:
         """It gets the descriptor of a channel, and is told which one it is."""
@@ -79,7 +91,8 @@ def _encode(value: Any, argument: str) -> bytes:
 
 def _argv(target: Any) -> tuple[bytes, ...]:
     if isinstance(target, (str, bytes, os.PathLike)):
-        raise TypeError(f"argv: a sequence of arguments, not the single {target!r}")
+        hint = ' (a function is "module:function")' if isinstance(target, str) else ""
+        raise TypeError(f"argv: a sequence of arguments, not the single {target!r}{hint}")
     if not isinstance(target, Sequence):
         raise TypeError(f"argv: a sequence of arguments or a callable, not {target!r}")
     if not target:
@@ -151,6 +164,22 @@ def _attributes(value: Any) -> SpawnAttributes | None:
     return to_attributes(value)
 
 
+def _to_function(target: Any) -> Function | None:
+    """From the value, or from its name as a text; None for what is neither."""
+    if isinstance(target, str):
+        if ":" not in target:
+            return None
+        from proctree.functions import Function, is_name
+
+        return Function(target) if is_name(target) else None
+    # Who holds one has imported its module, and nobody else has to.
+    if "proctree.functions" not in sys.modules:
+        return None
+    from proctree.functions import Function
+
+    return target if isinstance(target, Function) else None
+
+
 def to_flag(value: Any, argument: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{argument}: True or False, not {value!r}")
@@ -174,14 +203,23 @@ def check(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    function = target if callable(target) else None
-    argv: tuple[bytes, ...] = () if function else _argv(target)
+    by_name = _to_function(target)
+    payload, template = None, None
+    function = target if by_name is None and callable(target) else None
+    argv: tuple[bytes, ...] = ()
+    if by_name is not None:
+        payload, template = by_name.payload(), by_name.template
+        argv = by_name.interpreter() if template is None else ()
+    elif function is None:
+        argv = _argv(target)
     environment = _environment(env)
     # From ours and not from `env`: a nested tree is below this one whatever its environment says.
     outer = os.environb.get(TREE_VARIABLE.encode())
     inner = tree_id.encode()
     environment[TREE_VARIABLE.encode()] = outer + b"/" + inner if outer else inner
-    if argv:
+    if by_name is not None:
+        default = by_name.short_name
+    elif argv:
         default = os.path.basename(os.fsdecode(argv[0]))
     else:
         default = getattr(function, "__qualname__", type(function).__name__)
@@ -195,4 +233,6 @@ def check(
         attributes=_attributes(attributes),
         terminal=terminal,
         new_session=to_flag(new_session, "new_session"),
+        payload=payload,
+        template=template,
     )

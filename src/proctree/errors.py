@@ -25,6 +25,11 @@ class ContainmentUnavailable(ProctreeError):
     """The containment that was asked for cannot be had here; the message says why."""
 
 
+class TemplateFailed(ProctreeError):
+    """A template cannot start what it was asked for: it could not preload, or has died, or was
+    closed. The message names it and says why."""
+
+
 class TreeFailed(ProctreeError):
     """With `check=True`: the tree did not end by its main process exiting with status 0.
 

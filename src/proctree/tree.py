@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from proctree import events, launching, subscriptions, transitions
 from proctree.command import Command
-from proctree.containment.base import Contained
+from proctree.containment.base import Contained, handing_over
 from proctree.errors import ContainmentUnavailable, ProctreeError, step
 from proctree.latch import Latch
 from proctree.lifecycle import Action, Event, Lifecycle, State
@@ -216,8 +216,8 @@ class Tree:
                     if self._channel is not None:
                         with step("channel"):
                             self.command = self.command.with_channel(*self._channel.open())
-                    with step("containment"):
-                        self.contained.spawn(self.command, stdio, self.policy)
+                    with step("containment"), handing_over(self.command) as command:
+                        self.contained.spawn(command, stdio, self.policy)
                     self.command = self.command.without_environment()
                 finally:
                     self._streams.close_child_ends()

@@ -7,13 +7,13 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from proctree import command as _command
 from proctree import containment as _containment
 from proctree import loop as _loop
 from proctree import tree as _tree
-from proctree.command import StrPath, Target
+from proctree.command import Command, StrPath, Target
 from proctree.containment.base import Wanted
 from proctree.errors import ProctreeError, TreeFailed
 from proctree.lifecycle import State
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
     from proctree.channel.served import Served
     from proctree.channel.server import Server
+    from proctree.containment.base import Source
     from proctree.limits import Limits
     from proctree.outcome import Outcome
     from proctree.process.snapshot import ProcessInfo
@@ -62,6 +63,20 @@ def _limits(value: object) -> Limits | None:
     return to_limits(value)
 
 
+def _check_template(command: Command, leftovers: Leftovers) -> None:
+    """What cannot be had of a template: its trees are below its own warden."""
+    if not command.new_session:
+        raise ValueError(
+            "new_session: what a template forks is not in our session, so it cannot be a "
+            "foreground job; use a function without a template"
+        )
+    if leftovers is Leftovers.LEAVE:
+        raise ValueError(
+            "leftovers: 'leave' is impossible with a template, whose warden would be left with "
+            "them and end them; use a function without a template"
+        )
+
+
 class WatchedSubprocess:
     """A process tree that ends.
 
@@ -74,7 +89,9 @@ class WatchedSubprocess:
     Args:
         target: the arguments of a command (the program is looked up in the PATH of `env`), or a
             callable without arguments, which runs in a forked child: it exits with status 0 when
-            it returns, 1 with a traceback when it raises, and as `SystemExit` says.
+            it returns, 1 with a traceback when it raises, and as `SystemExit` says. Or a
+            `Function`, or its name as "module:function": that runs in a fresh interpreter or in a
+            fork of a `Template`, with the same exit statuses.
         timeout: seconds after which the tree is ended with reason `timeout`. Default None: never.
         kill: how it is ended. Default: SIGTERM to the tree, 5 s, SIGKILL to the tree.
         cwd: the directory to start in.
@@ -143,10 +160,13 @@ class WatchedSubprocess:
         if command.terminal and not command.new_session:
             raise ValueError("new_session: a pty is the terminal of a session of its own")
         leftover_policy = to_leftovers(leftovers)
+        if command.template is not None:
+            _check_template(command, leftover_policy)
         wanted = Wanted(
             leave=leftover_policy is Leftovers.LEAVE,
             new_session=command.new_session,
             limits=_limits(limits),
+            template=cast("Source | None", command.template),
         )
         self._served = _serve(channel, tree_id, command.name)
         self._tree = _tree.Tree(

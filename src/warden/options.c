@@ -23,6 +23,7 @@ struct option {
 static const struct option known[] = {
     {"control", NUMBER, AT(control), 0, 0},
     {"supervisor", NUMBER, AT(supervisor), 0, 0},
+    {"watch", NUMBER, AT(watch), 0, 0},
     {"adopt", NUMBER, AT(adopt), 0, 0},
     {"gate", NUMBER, AT(gate), 0, 0},
     {"proc", NUMBER, AT(proc), 0, 0},
@@ -37,6 +38,7 @@ static const struct option known[] = {
     {"beinit", FLAG, AT(be_init), 0, 0},
     {"entry", TEXT, AT(entry), 0, 0},
     {"record", TEXT, AT(record), 0, 0},
+    {"spare", FLAG, AT(spare), 0, 0},
     {"keepsession", FLAG, AT(keep_session), 0, 0},
     {"terminal", FLAG, AT(terminal), 0, 0},
     {"umask", LONG, OWN(umask), OWN(set_umask), 0},
@@ -110,7 +112,7 @@ static bool take_option(struct options *options, char *argument)
 
 bool parse_arguments(struct options *options, char **argv)
 {
-    *options = (struct options){.control = -1, .gate = -1, .init = -1, .proc = -1};
+    *options = (struct options){.control = -1, .watch = -1, .gate = -1, .init = -1, .proc = -1};
     char **at = argv[0] ? argv + 1 : argv;
     for (; *at && strcmp(*at, "--") != 0; at++)
         if (!take_option(options, *at))

@@ -93,8 +93,22 @@ void bit_clear(uint64_t *bits, pid_t pid)
         bits[pid / 64] &= ~(1ull << (pid % 64));
 }
 
+/* A template's main process forks the wardens of other trees.  They have plans of their own for the
+ * death of the supervisor, with graces that ours must not cut short, and what is below them is not
+ * ours to signal or to name.  Still they are our descendants: so the tree is not empty before they
+ * have ended, and it is we who reap them when the template is gone. */
+static bool is_spared(const struct warden *w, pid_t pid)
+{
+    struct process process;
+    return w->options.spare && process_read(w->proc, pid, &process) == 0 &&
+           (process.ppid == w->main || process.ppid == w->self) &&
+           strcmp(process.comm, WARDEN_NAME) == 0;
+}
+
 static void add_candidate(struct warden *w, pid_t pid)
 {
+    if (is_spared(w, pid))
+        return;
     if (w->pid_count < PIDS_MAX && bit_set(w->seen, pid))
         w->pids[w->pid_count++] = pid;
 }

@@ -277,13 +277,20 @@ static enum verdict run_timers(struct warden *w)
     return GO_ON;
 }
 
+static bool supervisor_there(const struct warden *w)
+{
+    if (w->options.watch < 0)
+        return getppid() == w->options.supervisor;
+    return w->supervisor >= 0 && (sys_pidfd_send_signal(w->supervisor, 0) == 0 || errno == EPERM);
+}
+
 /* EINTR, or short of memory: then everything is looked at, and nothing of that blocks.  Whether the
- * supervisor is there can be told from whose child we are. */
+ * supervisor is there can be told without a poll: from whose child we are. */
 static void look_without_poll(const struct warden *w, struct pollfd fds[4], int error)
 {
     for (int i = 0; i < 4; i++)
         fds[i].revents = error == EINTR || fds[i].fd < 0 ? 0 : fds[i].events;
-    if (getppid() == w->options.supervisor)
+    if (supervisor_there(w))
         fds[2].revents = 0;
     if (error != EINTR)
         poll(NULL, 0, 1);
@@ -371,6 +378,11 @@ static int prepare_proc(struct warden *w)
 
 static int prepare_supervisor(struct warden *w)
 {
+    /* Forked by a template: the supervisor is not our parent, and has opened this itself. */
+    if (w->options.watch >= 0) {
+        w->supervisor = w->options.watch;
+        return 0;
+    }
     w->supervisor = lift(sys_pidfd_open(w->options.supervisor));
     if (w->supervisor < 0)
         return errno;
@@ -398,7 +410,7 @@ static struct failure prepare(struct warden *w)
     }
     if (prctl(PR_SET_CHILD_SUBREAPER, 1) < 0)
         return failure_at(STEP_SUBREAPER, errno);
-    if (prctl(PR_SET_NAME, "proctree-warden") < 0)
+    if (prctl(PR_SET_NAME, WARDEN_NAME) < 0)
         return failure_at(STEP_SUBREAPER, errno);
     if ((error = prepare_proc(w)))
         return failure_at(STEP_PROC, error);

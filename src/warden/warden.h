@@ -28,10 +28,14 @@ struct attributes {
     char *rlimits[RLIMITS_MAX]; /* RESOURCE,SOFT,HARD */
 };
 
+/* Of every warden, in /proc/PID/stat. */
+#define WARDEN_NAME "proctree-warden"
+
 /* The command line of the warden: see options.c. */
 struct options {
     int control;
     pid_t supervisor;
+    int watch; /* a pidfd of the supervisor, which then need not be our parent; or -1 */
     pid_t adopt;
     int gate;  /* where the callable that is to be adopted waits for a byte, or -1 */
     int proc;  /* our /proc, where another one has been mounted over it; or -1 */
@@ -46,6 +50,7 @@ struct options {
     bool be_init;   /* be that init: `control` is the socket to the warden */
     char *entry;    /* the file in the registry of running trees */
     char *record;   /* what it says */
+    bool spare;     /* wardens that the main process forked are no members: see tree.c */
     bool keep_session; /* a foreground job: a group of its own, in our session */
     bool terminal;     /* standard input becomes the controlling terminal */
     struct attributes attributes;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from proctree.command import Command
@@ -11,13 +13,67 @@ from proctree.errors import errno_name
 from proctree.lifecycle import Event
 from proctree.loop import Loop
 from proctree.policy import KillPolicy, Stage
+from proctree.process import fds
 from proctree.records import Usage
 
 if TYPE_CHECKING:
+    from proctree.containment.forking import Birth
     from proctree.limits import Limits
 
 Descriptors = tuple[int | None, int | None, int | None]
 """What the child's 0, 1 and 2 are to be; None keeps what is there."""
+
+
+class Request(NamedTuple):
+    """What a template is to fork.
+
+    Attributes:
+        command: with the function as `payload`.
+        birth: what the function is born into.
+        warden: the path of the warden's program.
+        arguments: for it.
+        stdio: what 0, 1 and 2 are to be.
+        control: the warden's end of the socket to us.
+    """
+
+    command: Command
+    birth: Birth
+    warden: str
+    arguments: list[bytes]
+    stdio: Descriptors
+    control: int
+
+
+class Child(Protocol):
+    """Who gets what comes of a request. All of it on the loop's thread, and not before `ask` has
+    returned."""
+
+    def born(self, pid: int, pidfd: int) -> None:
+        """There is the process that becomes the warden, which is not our child."""
+
+    def stillborn(self, error: Exception) -> None:
+        """There is none and never was."""
+
+    def reaped(self) -> None:
+        """It has ended, and its parent has reaped it."""
+
+    def reaper_lost(self) -> None:
+        """Its parent is gone, and nobody will tell when it is reaped."""
+
+
+class Source(Protocol):
+    """A template, for the trees that it starts. On the loop's thread."""
+
+    def ask(self, request: Request, child: Child) -> None:
+        """With the descriptor lock held. Does not block; the descriptors stay the caller's.
+
+        Raises:
+            OSError: it cannot be asked.
+            ProctreeError: it is closed.
+        """
+
+    def forget(self, child: Child) -> None:
+        """Nobody waits for the answer any more."""
 
 
 class Wanted(NamedTuple):
@@ -27,11 +83,13 @@ class Wanted(NamedTuple):
         leave: what the main process leaves behind is to live on.
         new_session: the main process leads a session of its own.
         limits: for its cgroup, or None.
+        template: the process to fork it from, or None.
     """
 
     leave: bool = False
     new_session: bool = True
     limits: Limits | None = None
+    template: Source | None = None
 
 
 MEMBERS_REPORTED = 1024
@@ -88,6 +146,21 @@ class Nobody:
 
 
 NOBODY = Nobody()
+
+
+@contextlib.contextmanager
+def handing_over(command: Command) -> Iterator[Command]:
+    """A command for a fresh interpreter gets what it shall call as a descriptor, named by its last
+    argument: neither `ps` nor the limits for arguments see it. With the descriptor lock held."""
+    if command.payload is None or command.is_forked:
+        yield command
+        return
+    fd = fds.memory(command.payload)
+    try:
+        passed = tuple(sorted((*command.pass_fds, fd)))
+        yield command._replace(argv=(*command.argv, b"%d" % fd), pass_fds=passed)
+    finally:
+        os.close(fd)
 
 
 WANT_NOTHING = Wanted()

@@ -7,11 +7,11 @@ below our own cgroup, so that the limits we live under hold for the tree as well
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from proctree.command import Command
 from proctree.containment.base import WANT_NOTHING, Wanted
+from proctree.containment.forking import Birth, CgroupBirth
 from proctree.containment.warden import WardenContained
 from proctree.errors import ContainmentUnavailable
 from proctree.process import cgroups
@@ -83,12 +83,8 @@ class CgroupContained(WardenContained):
                 arguments.append(f"limit={file},{value}".encode())
         return arguments
 
-    def _prepare_callable(self) -> None:
-        os.mkdir(self._leaf)
-
-    def _abandon_callable(self) -> None:
-        with contextlib.suppress(OSError):
-            os.rmdir(self._leaf)
+    def _birth(self) -> Birth:
+        return CgroupBirth(self._leaf)
 
     def has_member(self, pid: int) -> bool:
         """By descent, and if not, by its cgroup: somebody may have put it there from outside."""

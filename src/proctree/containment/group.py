@@ -92,6 +92,8 @@ class GroupContained(Contained):
     def unfit(cls, wanted: Wanted) -> str | None:
         if not wanted.new_session:
             return "a foreground job needs the warden, which takes the terminal back"
+        if wanted.template is not None:
+            return "a template forks wardens, and this is the backend without one"
         return super().unfit(wanted)
 
     # -- making it

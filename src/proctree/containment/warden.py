@@ -12,7 +12,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar
 
 from proctree import events, protocol, registry
 from proctree.command import Command
@@ -23,9 +23,12 @@ from proctree.containment.base import (
     Contained,
     Descriptors,
     Owner,
+    Request,
+    Source,
     Wanted,
     proc_trouble,
 )
+from proctree.containment.forking import Birth, become_warden
 from proctree.errors import ContainmentUnavailable, errno_name, start_error, step
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
@@ -36,7 +39,6 @@ from proctree.records import Member, Reason, Usage
 
 if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
-    from proctree.process.prctl import Prctl
 
 WARDEN_VARIABLE = "PROCTREE_WARDEN"
 """Environment variable: another warden binary, for packagers and for sanitizer builds."""
@@ -44,6 +46,9 @@ WARDEN_VARIABLE = "PROCTREE_WARDEN"
 
 TRACER_PAUSE = 1.0
 """Seconds until a warden that has ended and is held by a tracer is looked at again."""
+
+REAPER_PAUSE = 0.01
+"""Seconds until a warden is looked at again that another process reaps."""
 
 SAY_AGAIN_SECONDS = 0.02
 UNSAID_MAX = 256
@@ -61,6 +66,12 @@ def warden_path() -> str:
 
 def _usage(user_us: int, system_us: int, *others: int) -> Usage:
     return Usage(user_us / 1e6, system_us / 1e6, *others)
+
+
+def _send_start(control: socket.socket, start: bytes) -> None:
+    # One that is gone already has said why, which is read when it is listened to.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError), step("control"):
+        control.send(start)
 
 
 def _member(raw: RawMember) -> Member:
@@ -88,8 +99,6 @@ def _attribute_arguments(attributes: SpawnAttributes) -> list[bytes]:
 class WardenContained(Contained):
     name = "warden"
     cgroup: str | None = None
-    parent_visible = True
-    """Whether the main process can see who its parent is."""
 
     def __init__(self, tree_id: str, wanted: Wanted = WANT_NOTHING) -> None:
         super().__init__(tree_id, wanted)
@@ -117,6 +126,9 @@ class WardenContained(Contained):
         self._thaw_serial = 0
         self._reaped = False
         self._lost = False
+        self._template = wanted.template
+        self._start = b""
+        self._reaper_lost = False
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -141,17 +153,15 @@ class WardenContained(Contained):
         try:
             ours.setblocking(False)
             fds.own(ours.fileno())
-            if command.function is None:
-                self._warden = self._spawn_command(command, stdio, control)
+            start = protocol.encode_start(policy.stages)
+            if self._template is not None:
+                self._ask_template(self._template, command, stdio, control)
+                self._start = start
             else:
-                self._warden = self._fork_callable(command, stdio, control)
-            with step("pidfd"):
-                self._pidfd = fds.own(os.pidfd_open(self._warden))
-            # The warden waits for this message, so it was alive when its pidfd was opened, and the
-            # pidfd cannot be that of a process which was given its number.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError), step("control"):
-                # One that is gone already has said why, which is read in attach().
-                ours.send(protocol.encode_start(policy.stages))
+                self._make_warden(command, stdio, control)
+                # The warden waits for this message, so it was alive when its pidfd was opened, and
+                # the pidfd cannot be that of a process which was given its number.
+                _send_start(ours, start)
             self._control = ours
         except BaseException:
             fds.close(ours.detach())
@@ -166,6 +176,14 @@ class WardenContained(Contained):
         finally:
             os.close(control)
 
+    def _make_warden(self, command: Command, stdio: Descriptors, control: int) -> None:
+        if command.function is None:
+            self._warden = self._spawn_command(command, stdio, control)
+        else:
+            self._warden = self._fork_callable(command, stdio, control)
+        with step("pidfd"):
+            self._pidfd = fds.own(os.pidfd_open(self._warden))
+
     def _arguments(self, command: Command, control: int) -> list[bytes]:
         arguments = [
             b"proctree-warden: " + command.name.encode("utf-8", "surrogateescape"),
@@ -178,7 +196,7 @@ class WardenContained(Contained):
             arguments.append(b"terminal=1")
         if not command.new_session:
             arguments.append(b"keepsession=1")
-        if command.attributes is not None and command.function is None:
+        if command.attributes is not None and not command.is_forked:
             arguments += _attribute_arguments(command.attributes)
         return arguments + self._registry_arguments(command)
 
@@ -218,6 +236,8 @@ class WardenContained(Contained):
 
         calls = prctl.load()
         arguments = self._arguments(command, control)
+        birth = self._birth()
+        birth.prepare()
         path = warden_path()
         # Nothing may interrupt the children before they have put their signals in order.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -225,97 +245,74 @@ class WardenContained(Contained):
             with step("fork"):
                 pid = os.fork()
             if pid == 0:
-                self._become_warden(path, arguments, command, stdio, control, calls)
+                become_warden(birth, path, arguments, command, stdio, control, calls)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
 
-    def _become_warden(
-        self,
-        path: str,
-        arguments: list[bytes],
-        command: Command,
-        stdio: Descriptors,
-        control: int,
-        calls: Prctl,
-    ) -> NoReturn:
-        """In the forked child: forks the callable, then execs the warden over this process.
+    def _birth(self) -> Birth:
+        """What a function is born into."""
+        return Birth()
 
-        The subreaper flag is set before the callable exists, so that nothing it starts can get
-        away, and survives exec, as children do. The callable is not called before its warden says
-        so: until then there is nobody who could end what it starts.
-        """
-        from proctree.process import child
+    # -- having a template make it
 
-        pid, report, step = 0, b"", "fork"
-        try:
-            child.lead_group(command)
-            calls.set_child_subreaper(True)
-            self._prepare_callable()
-            reader, writer = os.pipe()
-            # The callable does not begin before its warden lets it.
-            hold, release = os.pipe()
-            parent = os.getpid() if self.parent_visible else None
-            pid = os.fork()
-            if pid == 0:
-                child.run_forked(
-                    command,
-                    stdio,
-                    calls,
-                    parent,
-                    writer,
-                    (control, reader, release),
-                    hold=hold,
-                    cgroup=None if self.cgroup is None else os.fsencode(self.cgroup),
-                )
-            os.close(writer)
-            report = os.read(reader, child.REPORT.size)
-            if not report:
-                for fd in (control, release):
-                    os.set_inheritable(fd, True)
-                adopt = [b"adopt=%d" % pid, b"gate=%d" % release]
-                arguments = [*arguments, *self._callable_arguments(), *adopt]
-                step = "exec"
-                os.execve(path, arguments, command.env)
-        except child.StepFailed as failed:
-            report = child.REPORT.pack(failed.error, child.step_number(failed.step))
-        except OSError as error:
-            report = child.REPORT.pack(error.errno or 0, child.step_number(step))
-        finally:
-            try:
-                if pid > 0:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                self._abandon_callable()
-            finally:
-                _report_failure(control, report)
-                os._exit(1)
+    def _ask_template(
+        self, template: Source, command: Command, stdio: Descriptors, control: int
+    ) -> None:
+        arguments = self._arguments(command, control)
+        request = Request(command, self._birth(), warden_path(), arguments, stdio, control)
+        template.ask(request, self)
 
-    def _prepare_callable(self) -> None:
-        """In the child that is to be the warden, before it forks the callable: what must be there
-        for it to be born into.
+    def born(self, pid: int, pidfd: int) -> None:
+        """The template has forked our warden, which waits for START."""
+        self._warden, self._pidfd = pid, fds.own(pidfd)
+        self._listen()
+        assert self._control is not None
+        _send_start(self._control, self._start)
 
-        Raises:
-            OSError, StepFailed: it cannot be made.
-        """
+    def stillborn(self, error: Exception) -> None:
+        """It never will."""
+        if self._control is not None:
+            self._said_empty = True
+            self._drop_control()
+            self._owner.could_not_start(error, str(error))
 
-    def _abandon_callable(self) -> None:
-        """Undoes what there is of `_prepare_callable`, after the callable has ended."""
+    def reaped(self) -> None:
+        """Our warden has been reaped by the template."""
+        if self._then is not None:
+            self._look_for_end()
+        elif self._owner is NOBODY:
+            self._reap()
 
-    def _callable_arguments(self) -> list[bytes]:
-        """What the warden has to know of it."""
-        return []
+    def reaper_lost(self) -> None:
+        """The template has ended: our warden is its warden's child, which reaps it and tells
+        nobody."""
+        self._reaper_lost = True
+        if self._then is not None:
+            self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        if self._reap():
+            then, self._then = self._then, None
+            if then is not None:
+                then()
+        elif self._reaper_lost:
+            self._loop.call_later(REAPER_PAUSE, self._look_for_end)
 
     # -- what the warden says
 
     def attach(self, loop: Loop, owner: Owner) -> None:
         self._loop = loop
         self._owner = owner
+        if self._pidfd >= 0:
+            self._listen()
+
+    def _listen(self) -> None:
         assert self._control is not None
-        loop.register(self._control.fileno(), READ, self._readable)
+        self._loop.register(self._control.fileno(), READ, self._readable)
         # Its end of file alone is no proof: a copy of its end may live on in a process that was
         # forked at the wrong moment by something other than this interpreter.
-        loop.register(self._pidfd, READ, self._warden_ended)
+        self._loop.register(self._pidfd, READ, self._warden_ended)
 
     def _readable(self, _mask: int) -> None:
         # Bounded, so that a warden that floods us does not keep the loop from other trees.
@@ -476,10 +473,15 @@ class WardenContained(Contained):
             return
         self._then = then
         self._loop.unregister(self._pidfd)
-        self._loop.register(self._pidfd, READ, self._warden_ended)
+        if self._template is None:
+            self._loop.register(self._pidfd, READ, self._warden_ended)
+        elif self._reaper_lost:
+            self._loop.call_later(REAPER_PAUSE, self._look_for_end)
 
     def _reap(self) -> bool:
         if not self._reaped:
+            if self._template is not None and proof.holds_number(self._pidfd):
+                return False  # it is not our child, and who reaps it says so
             try:
                 result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
             except ChildProcessError:
@@ -600,8 +602,14 @@ class WardenContained(Contained):
 
         self._lost = True
         self._drop_control()
+        if self._template is not None and self._warden < 0:
+            # Should it come to be after all, it finds nobody at its socket and ends.
+            self._template.forget(self)
+            nobody: tuple[Member, ...] = ()
+            self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=nobody))
+            return
         search = Search(
-            root=self._warden,
+            root=self._root_of_sweep(),
             root_pidfd=self._pidfd,
             main=None if self._main_exited else self.pid,
             main_start=self._main_start,
@@ -634,6 +642,10 @@ class WardenContained(Contained):
 
         Worker().post(work)
 
+    def _root_of_sweep(self) -> int | None:
+        """Everything below it is ours."""
+        return self._warden
+
     def _end_at_once(self) -> tuple[Member, ...]:
         """On a worker's thread, and without a warden: ends what the kernel can end as a whole, and
         answers what is still there."""
@@ -659,25 +671,11 @@ class WardenContained(Contained):
             # end what is to live on.
             return
         self._drop_control()
+        if self._template is not None and self._warden < 0:
+            self._template.forget(self)
         if self._pidfd < 0:
             return
         # The warden may still be busy: with survivors, or with exiting. It is reaped when it ends.
         if not self._reap():
             self._loop.unregister(self._pidfd)
             self._loop.register(self._pidfd, READ, lambda _mask: self._reap_late())
-
-
-def _report_failure(control: int, report: bytes) -> None:
-    """Says what the warden would have said."""
-    from proctree.process import child
-
-    if not report:
-        return
-    # A socket that is closed with START unread in it is reset, and the report goes with it
-    # (unix_release_sock() of the kernel).
-    with contextlib.suppress(OSError):
-        os.read(control, protocol.MAX_MESSAGE)
-    number, step = child.REPORT.unpack(report)
-    message = protocol.FAILURE.pack(protocol.VERSION, Type.EXEC_FAILED, 0, 0, number, step)
-    with contextlib.suppress(OSError):
-        os.write(control, message)

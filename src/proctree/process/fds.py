@@ -66,6 +66,20 @@ def pipe() -> tuple[int, int]:
     return above_stdio(reader), above_stdio(writer)
 
 
+def memory(data: bytes) -> int:
+    """A close-on-exec descriptor, above the standard streams, of a file in memory that holds
+    `data` (memfd_create(2))."""
+    fd = above_stdio(os.memfd_create("proctree", os.MFD_CLOEXEC))
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def in_forked_child(function: Callable[[], None]) -> None:
     """Calls `function` in every child that this interpreter forks, after the descriptors."""
     _after_fork.append(function)
