@@ -215,7 +215,9 @@ class _Process:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
         if self._tree is not None and not self._over:
-            self._tree.kill(self._loop, Reason.KILLED, "the template was closed", _CLOSING)
+            # Nobody can say when, or whether, an import comes back.
+            policy = _CLOSING if self.settled.is_set() else _ORPHANED
+            self._tree.kill(self._loop, Reason.KILLED, "the template was closed", policy)
             self._why = self._why or "it was closed"
 
     @property
@@ -461,9 +463,8 @@ class Template(ForkServer):
 
     def close(self) -> None:
         """Ends its process, and what its modules have started. The trees that it started live on;
-        those that it is only about to start are started. It cannot be used any more. Returns when
-        the process has ended: with a module that is being imported and does not come back, that
-        takes 5 s."""
+        those that it is asked for already are started, unless it is still importing. It cannot be
+        used any more. Returns when the process has ended."""
         self._closed = True
         if not _loop.exists():
             return

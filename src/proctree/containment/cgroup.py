@@ -8,16 +8,19 @@ below our own cgroup, so that the limits we live under hold for the tree as well
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from proctree.command import Command
 from proctree.containment.base import WANT_NOTHING, Wanted
-from proctree.containment.forking import Birth, CgroupBirth
 from proctree.containment.warden import WardenContained
 from proctree.errors import ContainmentUnavailable
 from proctree.process import cgroups
 from proctree.process.cgroups import Home
 from proctree.process.sweep import end_cgroup
 from proctree.records import Member
+
+if TYPE_CHECKING:
+    from proctree.containment.forking import Birth
 
 END_SECONDS = 2.0
 """What is left of a sweep's time (`lifecycle.SWEEP_TIMEOUT`) goes to what bears only marks."""
@@ -84,6 +87,8 @@ class CgroupContained(WardenContained):
         return arguments
 
     def _birth(self) -> Birth:
+        from proctree.containment.forking import CgroupBirth
+
         return CgroupBirth(self._leaf)
 
     def has_member(self, pid: int) -> bool:

@@ -7,12 +7,16 @@ it, and without CAP_SYS_ADMIN it lives in a user namespace, where set-uid progra
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from proctree.command import Command
 from proctree.containment.base import Wanted
-from proctree.containment.forking import Birth, PidnsBirth
 from proctree.containment.warden import WardenContained
 from proctree.process import namespaces
 from proctree.records import Member
+
+if TYPE_CHECKING:
+    from proctree.containment.forking import Birth
 
 
 class PidnsContained(WardenContained):
@@ -37,6 +41,8 @@ class PidnsContained(WardenContained):
         return arguments
 
     def _birth(self) -> Birth:
+        from proctree.containment.forking import PidnsBirth
+
         return PidnsBirth()
 
     def _end_at_once(self) -> tuple[Member, ...]:

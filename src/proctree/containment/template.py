@@ -8,12 +8,13 @@ nothing here signals them, names them as survivors, or sweeps them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 from proctree.command import Command
 from proctree.containment.base import NOBODY
 from proctree.containment.warden import WardenContained
 from proctree.lifecycle import Event
-from proctree.protocol import Message
+from proctree.protocol import Message, Type
 
 
 class TemplateContained(WardenContained):
@@ -42,6 +43,12 @@ class TemplateContained(WardenContained):
             self._owner.happened(Event.EMPTY)
         else:
             super()._take_members(message)
+
+    _TAKE: ClassVar[dict[Type, Callable[[Any, Message], None]]] = {
+        **WardenContained._TAKE,
+        Type.EXITED: _take_exited,
+        Type.MEMBERS: _take_members,
+    }
 
     def _root_of_sweep(self) -> int | None:
         """Not everything below our warden is ours; what is bears our mark."""

@@ -12,7 +12,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from proctree import events, protocol, registry
 from proctree.command import Command
@@ -28,7 +28,6 @@ from proctree.containment.base import (
     Wanted,
     proc_trouble,
 )
-from proctree.containment.forking import Birth, become_warden
 from proctree.errors import ContainmentUnavailable, errno_name, start_error, step
 from proctree.lifecycle import Event
 from proctree.loop import READ, Loop
@@ -39,6 +38,7 @@ from proctree.records import Member, Reason, Usage
 
 if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
+    from proctree.containment.forking import Birth
 
 WARDEN_VARIABLE = "PROCTREE_WARDEN"
 """Environment variable: another warden binary, for packagers and for sanitizer builds."""
@@ -232,6 +232,7 @@ class WardenContained(Contained):
 
     def _fork_callable(self, command: Command, stdio: Descriptors, control: int) -> int:
         """We fork once; that child forks the callable and becomes its warden by exec."""
+        from proctree.containment.forking import become_warden
         from proctree.process import prctl
 
         calls = prctl.load()
@@ -252,6 +253,8 @@ class WardenContained(Contained):
 
     def _birth(self) -> Birth:
         """What a function is born into."""
+        from proctree.containment.forking import Birth
+
         return Birth()
 
     # -- having a template make it
@@ -436,7 +439,7 @@ class WardenContained(Contained):
         else:
             self._fail(ContainmentUnavailable(text), text)
 
-    _TAKE: ClassVar[dict[Type, Callable[[WardenContained, Message], None]]] = {
+    _TAKE: ClassVar[dict[Type, Callable[[Any, Message], None]]] = {
         Type.STARTED: _take_started,
         Type.EXEC_FAILED: _take_exec_failed,
         Type.EXITED: _take_exited,
