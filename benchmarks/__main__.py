@@ -15,6 +15,7 @@ from benchmarks import (
     command,
     detection,
     exiting,
+    functions,
     idle,
     isolation,
     killing,
@@ -28,6 +29,7 @@ from benchmarks.timing import Effort
 BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "start": start.measure,
     "start-2gb": start.measure_big,
+    "functions": functions.measure,
     "containments": start.measure_containments,
     "kill-1000": killing.measure,
     "bomb": bomb.measure,

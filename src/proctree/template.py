@@ -511,6 +511,7 @@ class Template(ForkServer):
         if self._process is None:
             self._process = _Process(self, loop)
             self.processes.add(self._process)
+            self.watch()
         return self._process
 
     def watch(self) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,7 +50,9 @@ TRACER_PAUSE = 1.0
 """Seconds until a warden that has ended and is held by a tracer is looked at again."""
 
 REAPER_PAUSE = 0.01
-"""Seconds until a warden is looked at again that another process reaps."""
+REAPER_PATIENCE = 1.0
+"""Seconds until a warden is looked at again that another process reaps, and after which it is left
+to that."""
 
 SAY_AGAIN_SECONDS = 0.02
 UNSAID_MAX = 256
@@ -129,6 +133,7 @@ class WardenContained(Contained):
         self._template = wanted.template
         self._start = b""
         self._reaper_lost = False
+        self._reaper_due: float | None = None
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -292,7 +297,22 @@ class WardenContained(Contained):
         nobody."""
         self._reaper_lost = True
         if self._then is not None:
-            self._look_for_end()
+            self._wait_for_reaper()
+
+    def _wait_for_reaper(self) -> None:
+        self._reaper_due = time.monotonic() + REAPER_PATIENCE
+        self._look_for_end()
+
+    def _reaped_elsewhere(self) -> bool:
+        """It is not our child. When the template and its warden are both gone, it is that of an
+        init which takes its time, and of which it is not our business to wait for."""
+        if not proof.holds_number(self._pidfd):
+            return True
+        if self._reaper_due is None or time.monotonic() < self._reaper_due:
+            return False
+        poller = select.poll()
+        poller.register(self._pidfd, READ)
+        return bool(poller.poll(0))
 
     def _look_for_end(self) -> None:
         if self._reap():
@@ -479,12 +499,12 @@ class WardenContained(Contained):
         if self._template is None:
             self._loop.register(self._pidfd, READ, self._warden_ended)
         elif self._reaper_lost:
-            self._loop.call_later(REAPER_PAUSE, self._look_for_end)
+            self._wait_for_reaper()
 
     def _reap(self) -> bool:
         if not self._reaped:
-            if self._template is not None and proof.holds_number(self._pidfd):
-                return False  # it is not our child, and who reaps it says so
+            if self._template is not None and not self._reaped_elsewhere():
+                return False
             try:
                 result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
             except ChildProcessError:
