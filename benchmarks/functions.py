@@ -105,7 +105,10 @@ def _measure(rounds: int, folder: str) -> dict[str, float]:
 
 
 def _in_a_process(ballast: int, rounds: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.functions", str(ballast), str(rounds)]
+    # Not with -m: multiprocessing would import that module in every process that it starts, and
+    # what it costs is not what is compared here.
+    code = f"from benchmarks.functions import main; main({ballast}, {rounds})"
+    command = [sys.executable, "-c", code]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True)
     results: dict[str, float] = json.loads(done.stdout)
@@ -136,7 +139,7 @@ def measure(effort: Effort) -> Iterator[Row]:
     yield Row("the same, 2 GB resident, " + FORKSERVER, milliseconds(large[FORKSERVER]))
 
 
-def _main(ballast: int, rounds: int) -> None:
+def main(ballast: int, rounds: int) -> None:
     import tempfile
 
     memory = None
@@ -148,7 +151,3 @@ def _main(ballast: int, rounds: int) -> None:
             memory[offset] = 1
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(_measure(rounds, folder)))
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]))
