@@ -39,7 +39,7 @@ static void the_least(void)
     CHECK(options.argv == arguments + 4 && strcmp(options.argv[0], "true") == 0);
     CHECK(options.init == -1 && options.init_pid == 0 && options.adopt == 0);
     CHECK(!options.scan && !options.pid_namespace && !options.be_init);
-    CHECK(!options.keep_session && !options.terminal);
+    CHECK(!options.keep_session && !options.terminal && !options.spare && options.watch == -1);
     CHECK(!options.cwd && !options.pass && !options.cgroup && !options.entry && !options.record);
     for (size_t i = 0; i < LIMITS_MAX; i++)
         CHECK(!options.limits[i]);
@@ -53,7 +53,7 @@ static void everything(void)
 {
     CHECK(PARSE(COMMAND, "adopt=5", "scan=1", "cwd=/a=b", "pass=3,4", "cgroup=/c", "limit=a,1",
                 "limit=b,2", "limit=c,3", "limit=d,4", "pidns=1", "init=9", "initpid=77", "entry=/e",
-                "record=r\nr", "keepsession=1", "terminal=1", "umask=18", "nice=-5", "ionice=16388",
+                "record=r\nr", "spare=1", "watch=8", "keepsession=1", "terminal=1", "umask=18", "nice=-5", "ionice=16388",
                 "oom=-1000", "uid=4294967294", "gid=0", "groups=", "affinity=0,2", "rlimit=7,1,2",
                 "nonewprivs=1", "--", "a", "--", "b=c"));
     CHECK(options.adopt == 5 && options.scan && options.pid_namespace);
@@ -62,7 +62,7 @@ static void everything(void)
     CHECK(strcmp(options.limits[0], "a,1") == 0 && strcmp(options.limits[3], "d,4") == 0);
     CHECK(options.init == 9 && options.init_pid == 77);
     CHECK(strcmp(options.entry, "/e") == 0 && strcmp(options.record, "r\nr") == 0);
-    CHECK(options.keep_session && options.terminal);
+    CHECK(options.keep_session && options.terminal && options.spare && options.watch == 8);
     const struct attributes *a = &options.attributes;
     CHECK(a->set_umask && a->umask == 18 && a->set_nice && a->nice == -5);
     CHECK(a->set_ionice && a->ionice == 16388 && a->set_oom_score_adj && a->oom_score_adj == -1000);

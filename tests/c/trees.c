@@ -360,6 +360,41 @@ static void parents_that_end_during_the_proof(void)
     }
 }
 
+/* ---- Wardens of other trees ---- */
+
+static pid_t fork_named(const char *name)
+{
+    const pid_t pid = fork_child();
+    if (pid == 0) {
+        prctl(PR_SET_NAME, name);
+        fork_resting();
+        kill(getpid(), SIGSTOP);
+        rest();
+    }
+    siginfo_t info;
+    CHECK(waitid(P_PID, (id_t)pid, &info, WSTOPPED) == 0);
+    return pid;
+}
+
+/* Neither they nor what is below them is listed, and only where that was asked for. */
+static void spared_wardens(bool scan)
+{
+    const pid_t other = fork_named("proctree-helper");
+    const pid_t spared = fork_named(WARDEN_NAME);
+    snapshot(scan);
+    CHECK(warden.pid_count == 4 && listed(spared) && listed(other));
+    tree_forget(&warden);
+    warden.options.spare = true;
+    snapshot(scan);
+    CHECK(warden.pid_count == 2 && !listed(spared) && listed(other));
+    tree_forget(&warden);
+    warden.options.spare = false;
+    end_child(spared);
+    end_child(other);
+    while (waitpid(-1, NULL, 0) > 0)
+        continue;
+}
+
 /* ---- The set of numbers ---- */
 
 static void bits(void)
@@ -432,6 +467,8 @@ int main(void)
         a_parent_that_ends_during_the_walk("task/%d/children", moment, false);
     a_parent_that_ends_during_the_walk("stat", BEFORE_READING, true);
     parents_that_end_during_the_proof();
+    spared_wardens(false);
+    spared_wardens(true);
     printf("%u\n", checks);
     return 0;
 }
