@@ -20,6 +20,7 @@ import select
 import signal
 import socket
 import struct
+import traceback
 from functools import partial
 from typing import NamedTuple, NoReturn
 
@@ -211,6 +212,7 @@ def _become(received: list[int], calls: prctl.Prctl) -> NoReturn:
         )
         os._exit(1)
     except BaseException:
+        traceback.print_exc()
         os._exit(1)
     command = order.command
     command = command._replace(function=partial(_call, command.payload or b""))
