@@ -99,15 +99,18 @@ def rest() -> None:
 
 
 def outlast(pid: int) -> None:
-    """Takes its time when it is asked to end: until another process has ended."""
+    """Takes its time when it is asked to end: until another process has ended, and longer."""
     from proctree.process import proof
 
-    asked = threading.Event()
+    asked, told = threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    say("ready")
+    signal.signal(signal.SIGUSR1, lambda *_: told.set())
+    say("ready", os.getpid())
     asked.wait()
     while (stat := proof.read_stat(pid)) is not None and not stat.dead:
         threading.Event().wait(0.01)
+    say("outlasted")
+    told.wait()
     say("done")
 
 

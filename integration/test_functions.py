@@ -363,23 +363,25 @@ policy = KillPolicy((Stage(15, 60.0), Stage(9, 10.0)))
 handle = proctree.WatchedSubprocess.start(
     Function("integration.called:outlast", (helper,), template=template), kill=policy
 )
-os.write(1, b"%d\\n" % template.pid)
+os.write(1, b"template %d\\n" % template.pid)
 signal.pause()
 """
 
 
 def test_the_death_of_the_supervisor() -> None:
     """The template and what its modules started goes at once, even what ignores SIGTERM. A tree
-    has the grace of its own policy, beyond that."""
+    has the grace of its own policy, beyond that: the end of its grace is in our hands, and the
+    template's warden has signalled all that it ever does when what its modules started is gone."""
     supervisor = start_supervisor(SUPERVISOR, os.getcwd())
     assert supervisor.stdout is not None
-    heard = sorted(supervisor.stdout.readline().strip() for _ in range(2))
-    assert heard[1] == "ready"
-    template = int(heard[0])
+    said_by = dict(supervisor.stdout.readline().split() for _ in range(2))
+    template, function = int(said_by["template"]), int(said_by["ready"])
     supervisor.kill()
     supervisor.wait()
-    assert supervisor.stdout.readline() == "done\n"
+    assert supervisor.stdout.readline() == "outlasted\n"
     assert not is_alive(template)
+    os.kill(function, signal.SIGUSR1)
+    assert supervisor.stdout.readline() == "done\n"
     eventually(lambda: not others(), "and then nothing is left")
     assert supervisor.stdin is not None
     supervisor.stdin.close()
