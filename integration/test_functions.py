@@ -28,7 +28,7 @@ from integration.conftest import (
 )
 from proctree import Function, KillPolicy, Reason, SpawnAttributes, Template, WatchedSubprocess
 from proctree.channel import Server
-from proctree.process import proof
+from proctree.process import proof, sweep
 
 CALLED = "integration.called"
 
@@ -358,6 +358,27 @@ def test_trees_live_on_when_its_warden_is_killed() -> None:
             assert is_alive(handle.pid)  # type: ignore[arg-type]
             assert handle.state is proctree.State.RUNNING
     eventually(lambda: not others(), "and then nothing is left")
+
+
+def test_a_search_for_what_is_a_templates_spares_its_trees() -> None:
+    """Its warden may be lost while the template is still there, and with it their descent."""
+    with Template([CALLED, "integration.preload_process"]) as template:
+        handle, _ = resting(template)
+        with handle:
+            process = template._process
+            assert process is not None
+            tree, main = process._tree, proof.read_stat(template.pid)  # type: ignore[arg-type]
+            assert tree is not None
+            assert main is not None
+            search = sweep.Search(None, -1, main.pid, main.start_time, tree.tree_id)
+            found = sweep.find(search)
+            for pidfd, _stat in found:
+                os.close(pidfd)
+            pids = {stat.pid for _, stat in found}
+            helper = int(said(call("preloaded", template=template)).split()[0])
+            assert {template.pid, helper} < pids
+            warden = proof.read_stat(handle.pid).ppid  # type: ignore[arg-type, union-attr]
+            assert not {handle.pid, warden} & pids
 
 
 SUPERVISOR = """

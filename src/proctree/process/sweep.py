@@ -153,10 +153,20 @@ def _find(search: Search, found: list[tuple[int, Stat]]) -> None:
         seen.update(new)
         undecided = _look(search, [*undecided, *new], found, root_held=root_held)
     if found:
-        _find_children(found)
+        _find_children(search, found)
 
 
-def _find_children(found: list[tuple[int, Stat]]) -> None:
+WARDEN_NAME = "proctree-warden"
+"""As the warden has it in /proc/PID/stat."""
+
+
+def _is_another_trees_warden(search: Search, stat: Stat) -> bool:
+    """Below a template, which may not have ended yet. A nested tree has our mark as well."""
+    environ = proof.read_environ(stat.pid) if stat.name == WARDEN_NAME else None
+    return bool(environ) and not proof.in_environ(environ, _VARIABLE, search.tree_id.encode())
+
+
+def _find_children(search: Search, found: list[tuple[int, Stat]]) -> None:
     """What is below a member is a member, even without any mark of its own."""
     known = {stat.pid for _, stat in found}
     new = True
@@ -170,7 +180,9 @@ def _find_children(found: list[tuple[int, Stat]]) -> None:
             with _Candidate(pid) as candidate:
                 again = candidate.look()
                 # The parent's number is its own while its pidfd says that it was not reaped.
-                if again is not None and again.ppid == stat.ppid and proof.holds_number(parent):
+                if again is None or _is_another_trees_warden(search, again):
+                    continue
+                if again.ppid == stat.ppid and proof.holds_number(parent):
                     found.append((candidate.keep(), again))
                     known.add(pid)
                     new = True
