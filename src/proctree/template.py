@@ -47,7 +47,7 @@ from proctree.records import Reason
 from proctree.stdio import Stdio, Streams
 from proctree.tree import Tree
 
-PASSED_MOST = DESCRIPTORS_MOST - OTHERS - 3
+PASSED_MOST = DESCRIPTORS_MOST - 1 - OTHERS - 3
 
 SEND_AGAIN_SECONDS = 0.02
 """How often a request is sent again for which the kernel had no room. Nothing tells when it has:

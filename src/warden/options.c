@@ -26,6 +26,7 @@ static const struct option known[] = {
     {"watch", NUMBER, AT(watch), 0, 0},
     {"adopt", NUMBER, AT(adopt), 0, 0},
     {"gate", NUMBER, AT(gate), 0, 0},
+    {"report", NUMBER, AT(report), 0, 0},
     {"proc", NUMBER, AT(proc), 0, 0},
     {"scan", FLAG, AT(scan), 0, 0},
     {"cwd", TEXT, AT(cwd), 0, 0},
@@ -112,7 +113,8 @@ static bool take_option(struct options *options, char *argument)
 
 bool parse_arguments(struct options *options, char **argv)
 {
-    *options = (struct options){.control = -1, .watch = -1, .gate = -1, .init = -1, .proc = -1};
+    *options = (struct options){
+        .control = -1, .watch = -1, .gate = -1, .report = -1, .init = -1, .proc = -1};
     char **at = argv[0] ? argv + 1 : argv;
     for (; *at && strcmp(*at, "--") != 0; at++)
         if (!take_option(options, *at))

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -309,6 +310,26 @@ struct failure spawn_main(struct warden *w)
     return child.failure;
 }
 
+/* What the callable says of its way to where it waits (child.REPORT): an errno and a step, or
+ * nothing.  It prepares itself while we do. */
+static struct failure read_report(const struct warden *w)
+{
+    struct failure said = {0, 0};
+    int32_t report[2];
+    struct pollfd fds[2] = {
+        {.fd = w->options.report, .events = POLLIN},
+        {.fd = w->supervisor, .events = POLLIN},
+    };
+    while (poll(fds, 2, -1) < 0 && (errno == EINTR || errno == ENOMEM))
+        continue;
+    if (!fds[0].revents)
+        return (struct failure){.error = ESRCH, .step = STEP_ADOPT}; /* nobody wants it any more */
+    if (read(w->options.report, report, sizeof report) == (ssize_t)sizeof report)
+        said = (struct failure){.error = report[0], .step = report[1]};
+    close(w->options.report);
+    return said;
+}
+
 /* The supervisor forked us and we forked the main process, both in Python, before we became the
  * warden: children and the subreaper flag survive exec. */
 struct failure adopt_main(struct warden *w)
@@ -317,6 +338,11 @@ struct failure adopt_main(struct warden *w)
     if (waitid(P_PID, (id_t)w->options.adopt, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
         return failed(STEP_ADOPT);
     w->main = w->options.adopt;
+    if (w->options.report >= 0) {
+        struct failure said = read_report(w);
+        if (said.error)
+            return said;
+    }
     if (w->options.gate >= 0) {
         /* It may have been killed meanwhile: that is an end like any other. */
         if (write(w->options.gate, "g", 1) < 0 && errno != EPIPE)

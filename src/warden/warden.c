@@ -514,6 +514,7 @@ static int abandon(struct warden *w)
     if (!w->killed) { /* no memory to walk with */
         if (w->options.adopt > 0) {
             kill(-w->options.adopt, SIGKILL);
+            kill(w->options.adopt, SIGKILL); /* it may lead no group yet */
             waitpid(w->options.adopt, NULL, 0);
         }
         cgroup_remove(w);

@@ -38,6 +38,7 @@ struct options {
     int watch; /* a pidfd of the supervisor, which then need not be our parent; or -1 */
     pid_t adopt;
     int gate;  /* where the callable that is to be adopted waits for a byte, or -1 */
+    int report; /* where it says why it cannot begin, and closes when it can; or -1 */
     int proc;  /* our /proc, where another one has been mounted over it; or -1 */
     bool scan; /* do not use /proc/PID/task/TID/children even where the kernel has it */
     char *cwd;

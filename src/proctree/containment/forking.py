@@ -190,14 +190,13 @@ def become_warden(
                 cgroup=birth.cgroup,
             )
         os.close(writer)
-        report = os.read(reader, child.REPORT.size)
-        if not report:
-            for fd in (control, release, *unwanted):
-                os.set_inheritable(fd, True)
-            adopt = [b"adopt=%d" % pid, b"gate=%d" % release]
-            arguments = [*arguments, *birth.arguments(), *adopt]
-            step = "exec"
-            os.execve(path, arguments, command.env)
+        # It prepares itself while we become the warden, which reads of it what became of that.
+        for fd in (control, reader, release, *unwanted):
+            os.set_inheritable(fd, True)
+        adopt = [b"adopt=%d" % pid, b"report=%d" % reader, b"gate=%d" % release]
+        arguments = [*arguments, *birth.arguments(), *adopt]
+        step = "exec"
+        os.execve(path, arguments, command.env)
     except child.StepFailed as failed:
         report = child.REPORT.pack(failed.error, child.step_number(failed.step))
     except OSError as error:

@@ -11,6 +11,7 @@ import array
 import contextlib
 import ctypes
 import enum
+import errno
 import fcntl
 import gc
 import importlib
@@ -35,6 +36,8 @@ HEADER = struct.Struct("=BII")
 
 TRACER_PAUSE_MS = 1000
 
+_ALL = signal.valid_signals()
+
 TEXT_MOST = 4096
 """Bytes of an explanation."""
 
@@ -58,8 +61,8 @@ class Kind(enum.IntEnum):
 
 
 class Order(NamedTuple):
-    """The first descriptor that comes with FORK is a file with this, pickled. Descriptors are named
-    by their position.
+    """The first descriptor that comes with FORK is a file with this, pickled. The others are named
+    by their position behind it.
 
     Attributes:
         command: with the function as its `payload`.
@@ -76,7 +79,7 @@ class Order(NamedTuple):
     passed: tuple[tuple[int, int], ...]
 
 
-CONTROL, WATCH, CWD, OTHERS = 1, 2, 3, 4
+CONTROL, WATCH, CWD, OTHERS = 0, 1, 2, 3
 """Positions: the warden's socket, a pidfd of the supervisor, the supervisor's working directory."""
 
 
@@ -158,28 +161,36 @@ class _Server:
         if not data:
             return False
         _, serial, count = HEADER.unpack(data)
-        received = array.array("i")
+        numbers = array.array("i")
         for _, _, piece in ancillary:
-            received.frombytes(piece[: len(piece) - len(piece) % received.itemsize])
+            numbers.frombytes(piece[: len(piece) - len(piece) % numbers.itemsize])
+        received = numbers.tolist()
         try:
             if len(received) != count:
-                self.say(Kind.UNBORN, serial, 24)  # EMFILE, which recvmsg(2) does not say
-            else:
-                self._fork(serial, list(received))
+                self.say(Kind.UNBORN, serial, errno.EMFILE)  # which recvmsg(2) does not say
+                return True
+            # Here and not behind the fork, where every page that this touches would be copied.
+            order: Order = pickle.loads(fresh.read(received.pop(0)))  # noqa: S301 - our supervisor's
+            self._fork(serial, order, received)
+        except OSError as error:
+            self.say(Kind.UNBORN, serial, error.errno or 0)
+        except Exception:
+            traceback.print_exc()
+            self.say(Kind.UNBORN, serial, errno.EINVAL)
         finally:
             for fd in received:
                 os.close(fd)
         return True
 
-    def _fork(self, serial: int, received: list[int]) -> None:
+    def _fork(self, serial: int, order: Order, received: list[int]) -> None:
         # Nothing may interrupt the children before they have put their signals in order.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
         pid = -1
         try:
             pid = os.fork()
             if pid == 0:
                 self.sock.detach()
-                _become(received, self._calls)
+                _become(order, received, self._calls)
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             if pid > 0:
@@ -197,14 +208,15 @@ class _Server:
 # -- in the fork
 
 
-def _become(received: list[int], calls: prctl.Prctl) -> NoReturn:
+def _become(order: Order, received: list[int], calls: prctl.Prctl) -> NoReturn:
     control = received[CONTROL]
     try:
-        order: Order = pickle.loads(fresh.read(received[0]))  # noqa: S301 - of our supervisor
         taken = {number for _, number in order.passed}
-        at = [-1, *(_out_of_the_way(fd, taken) for fd in received[1:])]
+        at = [_out_of_the_way(fd, taken) for fd in received]
         control = at[CONTROL]
         _place(order, at)
+        # Before anybody can hear that there is a tree.
+        _mark(order.command)
         order.birth.prepare()
     except OSError as error:
         report_failure(
@@ -215,7 +227,7 @@ def _become(received: list[int], calls: prctl.Prctl) -> NoReturn:
         traceback.print_exc()
         os._exit(1)
     command = order.command
-    command = command._replace(function=partial(_call, command.payload or b""))
+    command = command._replace(function=partial(fresh.invoke, command.payload or b""))
     there = [None if p is None else n for n, p in enumerate(order.stdio)]
     arguments = [*order.arguments, b"control=%d" % control, b"watch=%d" % at[WATCH]]
     become_warden(
@@ -257,19 +269,14 @@ def _place(order: Order, at: list[int]) -> None:
         os.close(fd)
 
 
-def _call(payload: bytes) -> None:
-    _mark()
-    fresh.invoke(payload)
-
-
-def _mark() -> None:
+def _mark(command: Command) -> None:
     """What others read in /proc/PID/environ is the template's, whose sweep would take us for its
     own: written over with the mark of our tree. The interpreter has copies of what it uses; see
     proc_pid_environ(5)."""
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     begin, end = int(fields[47]), int(fields[48])
-    value = os.environb.get(TREE_VARIABLE.encode(), b"")
+    value = command.env[TREE_VARIABLE.encode()]
     text = TREE_VARIABLE.encode() + b"=" + value + b"\0"
     if len(text) <= end - begin:
         ctypes.memset(begin, 0, end - begin)

@@ -181,17 +181,25 @@ def _new_standard_streams() -> None:
 _old_streams: list[object] = []
 
 
-def call(command: Command, function: Callable[[], object]) -> NoReturn:
+def call(command: Command, function: Callable[[], object], hold: int | None) -> NoReturn:
     """Runs a callable as the whole program of this process: its exit status is 0 when it returns,
-    1 with a traceback when it raises, and as sys.exit(3) has it for `SystemExit`."""
+    1 with a traceback when it raises, and as sys.exit(3) has it for `SystemExit`.
+
+    Args:
+        hold: it does not begin before a byte comes through this pipe, or None.
+    """
     status = 1
     try:
         os.environ.clear()
         for name, value in command.env.items():
             os.environb[name] = value
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         _new_standard_streams()
         try:
+            if hold is not None:
+                if not os.read(hold, 1):
+                    os._exit(127)  # there is no warden
+                os.close(hold)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             function()
             status = 0
         except SystemExit as exit_:
@@ -271,13 +279,9 @@ def run_forked(
             if command.function is None:
                 execute(command)
             os.close(report)
-            if hold is not None:
-                if not os.read(hold, 1):
-                    os._exit(127)  # there is no warden
-                os.close(hold)
         except StepFailed as failed:
             os.write(report, REPORT.pack(failed.error, step_number(failed.step)))
             os._exit(127)
-        call(command, command.function)
+        call(command, command.function, hold)
     finally:
         os._exit(127)
