@@ -29,6 +29,7 @@ from integration.conftest import (
 from proctree import Function, KillPolicy, Reason, SpawnAttributes, Template, WatchedSubprocess
 from proctree.channel import Server
 from proctree.process import proof, sweep
+from proctree.supervisor import Backoff, ChildSpec, Supervisor
 
 CALLED = "integration.called"
 
@@ -379,6 +380,30 @@ def test_a_search_for_what_is_a_templates_spares_its_trees() -> None:
             assert {template.pid, helper} < pids
             warden = proof.read_stat(handle.pid).ppid  # type: ignore[arg-type, union-attr]
             assert not {handle.pid, warden} & pids
+
+
+def test_a_supervisor_starts_it_again(shared: Template) -> None:
+    """A child of a Supervisor, forked from the same template each time."""
+    lines = Lines()
+    function = Function(f"{CALLED}:rest", template=shared)
+    child = ChildSpec(
+        "resting",
+        function,
+        backoff=Backoff(base=0.0),
+        stdout=proctree.Lines(lines),
+        containment="warden",
+        kill=QUICK,
+    )
+    before = shared.pid
+    with Supervisor([child]):
+        for starts in (1, 2, 3):
+            heard = lines.wait_for(starts)
+            pid = int(heard[-1].split()[1])
+            assert is_alive(pid)
+            if starts < 3:
+                os.kill(pid, signal.SIGKILL)
+    assert not is_alive(pid)
+    assert shared.pid == before
 
 
 SUPERVISOR = """
