@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import socket
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -246,6 +248,27 @@ def test_descriptors_under_their_numbers(options: dict[str, object]) -> None:
     there = eval(said(outcome))
     assert len(there) == 3 + len(passed) + 1, "the directory that is listed is one more"
     assert {0, 1, 2, *passed} < set(there)
+
+
+def test_a_descriptor_under_the_number_of_one_of_the_templates_own() -> None:
+    with Template([CALLED]) as template, contextlib.ExitStack() as stack:
+        template.start()
+        folder = f"/proc/{template.pid}/fd"
+        own = [n for n in os.listdir(folder) if os.readlink(f"{folder}/{n}").startswith("socket:")]
+        number = int(own[0])
+        pair = os.pipe()
+        reader, writer = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 300) for fd in pair)
+        stack.callback(os.close, reader)
+        for fd in pair:
+            os.close(fd)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(number)
+        os.dup2(writer, number)
+        os.close(writer)
+        outcome = call("write_numbers", [number], pass_fds=[number], template=template)
+        os.close(number)
+        assert said(outcome)
+        assert os.read(reader, 100) == str(number).encode()
 
 
 def test_input_and_output_apart(template: Template | None, tmp_path: Path) -> None:
@@ -569,6 +592,9 @@ def test_more_than_the_kernel_takes_at_once() -> None:
     """While it is stopped, requests fill its socket, and are sent again when there is room."""
     with Template([CALLED]) as template:
         template.start()
+        assert template._process is not None
+        assert template._process._sock is not None
+        template._process._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         os.kill(template.pid, signal.SIGSTOP)  # type: ignore[arg-type]
         with ThreadPoolExecutor(40) as pool:
             asked = [
@@ -577,6 +603,7 @@ def test_more_than_the_kernel_takes_at_once() -> None:
             process = template._process
             assert process is not None
             eventually(lambda: len(process._asked) == 40, "all have asked")
+            assert process._unsent, "some of them have to wait for room"
             os.kill(template.pid, signal.SIGCONT)  # type: ignore[arg-type]
             for number, future in enumerate(asked):
                 assert said(future.result(DEADLINE)) == f"({number},) {{}}"

@@ -162,8 +162,8 @@ WARDEN_NAME = "proctree-warden"
 
 def _is_another_trees_warden(search: Search, stat: Stat) -> bool:
     """Below a template, which may not have ended yet. A nested tree has our mark as well."""
-    environ = proof.read_environ(stat.pid) if stat.name == WARDEN_NAME else None
-    return bool(environ) and not proof.in_environ(environ, _VARIABLE, search.tree_id.encode())
+    environ = (proof.read_environ(stat.pid) or b"") if stat.name == WARDEN_NAME else b""
+    return environ != b"" and not proof.in_environ(environ, _VARIABLE, search.tree_id.encode())
 
 
 def _find_children(search: Search, found: list[tuple[int, Stat]]) -> None:
