@@ -511,10 +511,13 @@ void leave_nothing(struct warden *w)
  * the init of a namespace.  Nobody waits for them but us, and not for ever. */
 static int abandon(struct warden *w)
 {
+    /* It may be on its way to where it waits, and lead no group yet; it is not reaped, so that the
+     * number is its own. */
+    if (w->options.adopt > 0)
+        kill(w->options.adopt, SIGKILL);
     if (!w->killed) { /* no memory to walk with */
         if (w->options.adopt > 0) {
             kill(-w->options.adopt, SIGKILL);
-            kill(w->options.adopt, SIGKILL); /* it may lead no group yet */
             waitpid(w->options.adopt, NULL, 0);
         }
         cgroup_remove(w);
