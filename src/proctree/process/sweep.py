@@ -300,7 +300,7 @@ def resume(search: Search, known: Collection[tuple[int, int]]) -> None:
                 stat = candidate.look()
                 if stat is not None and stat.start_time == start_time and not stat.dead:
                     found.append((candidate.keep(), stat))
-        _find_children(found)
+        _find_children(search, found)
         for pidfd, stat in found:
             if stat.state in "Tt":
                 with contextlib.suppress(OSError):
