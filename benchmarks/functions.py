@@ -37,7 +37,7 @@ SPAWN = "mp spawn"
 
 NAME = "benchmarks.programs.running:run"
 GROWTH = 1.2
-BESIDE_FORKSERVER = 3.0
+BESIDE_FORKSERVER = 2.0
 
 
 def _ours(target: Callable[[int], object], writer: int) -> Callable[[], object]:
