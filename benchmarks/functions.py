@@ -5,8 +5,7 @@ from a template. The peers are multiprocessing's start methods `spawn` and `fork
 with the module preloaded as our template has it. Nothing of the end of the process is measured.
 
 A tree has a warden of its own, which is one more fork and one more exec than forkserver has, and
-what runs is known to be supervised before it begins: six times the work goes from one process or
-thread to another, and with forkserver twice. So it may take three times as long, and no longer
+what runs is known to be supervised before it begins. So it may take twice as long, and no longer
 when the supervisor has grown: the module runs once more as a program of its own that holds 2 GB.
 """
 

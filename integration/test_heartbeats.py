@@ -228,6 +228,10 @@ def callbacks() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name == "proctree-callbacks"]
 
 
+CALLED_IN_VAIN = 20
+"""Threads that were called for work which another one had done when they came, and wait for more."""
+
+
 @pytest.mark.parametrize("behaviour", [hanging, dribbling, hanging_after(HEAD)])
 def test_a_server_that_takes_for_ever_is_a_failure_and_holds_nothing(behaviour: Behaviour):
     with serving(behaviour) as server:
@@ -514,7 +518,7 @@ def test_half_of_the_requests_hang_and_the_others_beat_on():
             assert all(watch.told == [] for watch in watches[1::2])
             server.wait_for(400)
             assert sum(b"hang" in request for request in server.requests) == 100
-            assert len(callbacks()) <= 200
+            assert len(callbacks()) <= 200 + CALLED_IN_VAIN
         finally:
             for watch in watches:
                 watch.loop.post(watch.beating.stop)
@@ -548,7 +552,7 @@ def test_half_of_the_callables_hang_and_the_others_beat_on():
         assert enough.wait(DEADLINE)
         assert sorted(entered) == sorted(set(entered))
         assert len(entered) == 100
-        assert len(callbacks()) <= 200
+        assert len(callbacks()) <= 200 + CALLED_IN_VAIN
         hanging_ones = [watch for watch in watches if watch.told and watch.errors()]
         assert len(hanging_ones) >= 100
     finally:

@@ -458,11 +458,12 @@ def test_it_is_removed_while_it_waits_to_be_ready():
 # -- the end
 
 SIGNALLED = """
+import os
 import sys
 import proctree
 from proctree.supervisor import ChildSpec, Supervisor, SupervisorStarted, SupervisorStopping
 def tell(event):
-    print(type(event).__name__, flush=True)
+    os.write(1, type(event).__name__.encode() + bytes([10]))  # in one piece: children write, too
 proctree.subscribe(tell, SupervisorStarted, SupervisorStopping)
 grace = float(sys.argv[1])
 stop_timeout = float(sys.argv[2])

@@ -257,6 +257,8 @@ def test_at_the_end_of_the_interpreter_nothing_is_started_again():
 
 FORKING_HOST = """
 import os, sys, threading
+def say(text):  # in one piece: two processes write to this pipe
+    os.write(1, text.encode() + bytes([10]))
 from proctree import subscribe
 from proctree.supervisor import ChildSpec, Supervisor, SupervisorStarted
 def fork(_event):
@@ -264,10 +266,10 @@ def fork(_event):
 def on_usr1(*_):
     pid = os.fork()
     if pid == 0:
-        print("child", os.getpid(), flush=True)
+        say(f"child {os.getpid()}")
         while True: __import__("time").sleep(1)
-    print("forked", flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    say("forked")
+    say(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 import signal
 signal.signal(signal.SIGUSR1, on_usr1)
 subscribe(fork, SupervisorStarted)
