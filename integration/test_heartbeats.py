@@ -229,7 +229,7 @@ def callbacks() -> list[threading.Thread]:
 
 
 CALLED_IN_VAIN = 20
-"""Threads that were called for work which another one had done when they came, and wait for more."""
+"""Threads that were called for work which was done when they came, and wait for more."""
 
 
 @pytest.mark.parametrize("behaviour", [hanging, dribbling, hanging_after(HEAD)])

@@ -287,17 +287,20 @@ def test_a_fork_of_us_is_ended_by_its_own_sigterm():
 
 
 IGNORING = """
-import signal, sys, threading
+import os, signal, sys, threading
+def say(text):  # in one piece: two threads write to this pipe
+    os.write(1, text.encode() + bytes([10]))
 from proctree import subscribe
 from proctree.supervisor import ChildSpec, Supervisor, SupervisorStarted, SupervisorStopping
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 def tell(event):
-    print(type(event).__name__, getattr(event, "why", ""), flush=True)
-subscribe(tell, SupervisorStarted, SupervisorStopping)
+    say(type(event).__name__ + " " + getattr(event, "why", ""))
+subscription = subscribe(tell, SupervisorStarted, SupervisorStopping)
 supervisor = Supervisor([ChildSpec("a", ["sleep", "1000"])])
 if sys.argv[1] == "main":
     status = supervisor.main()
-    print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
+    subscription.flush(30)
+    say(str(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL))
 else:
     found = []
     thread = threading.Thread(target=lambda: found.append(supervisor.main()))
@@ -306,6 +309,7 @@ else:
     supervisor.stop("by hand")
     thread.join()
     status = found[0]
+    subscription.flush(30)
 sys.exit(status)
 """
 
