@@ -325,7 +325,8 @@ def test_what_could_not_be_ended_has_no_second_one_beside_it(heard, actors):
     )
     with pytest.raises(ChildSurvived) as raised:
         with Supervisor([spec, sleeper("other")]) as supervisor:
-            tracer = Helper([actors, "trace", lines.wait_for()[0]], b"tracing\n")
+            (background,) = (line for line in lines.wait_for(3) if line.isdigit())
+            tracer = Helper([actors, "trace", background], b"tracing\n")
             try:
                 os.kill(supervisor.child("it").pid or 0, signal.SIGKILL)
                 supervisor.wait()
