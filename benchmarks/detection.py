@@ -175,7 +175,9 @@ def _circus(argv: list[str], delay: float, stack: contextlib.ExitStack) -> Way:
         # It stops the watcher behind the hook, and a watcher that is not stopped is not started.
         while client.send_message("status", name="ending")["status"] != "stopped":
             time.sleep(delay / 10)
-        client.send_message("start", name="ending", waiting=False)
+        # And it refuses while it looks after its watchers.
+        while client.send_message("start", name="ending", waiting=True)["status"] != "ok":
+            time.sleep(delay / 10)
 
     return daemon.way(start, delay)
 
