@@ -180,7 +180,14 @@ def test_what_is_left_is_named_by_our_numbers(actors: str) -> None:
     os.close(reader)
     said = lines.wait_for(2)
     daemon = outer_pid(handle, next(int(line) for line in said if line.isdigit()))
-    others = {p.pid for p in handle.processes()} - {handle.pid}
+    others: set[int | None] = set()
+
+    def two_others() -> bool:
+        others.clear()
+        others.update(p.pid for p in handle.processes() if p.pid != handle.pid)
+        return len(others) == 2
+
+    eventually(two_others, "those in between the shell and the daemon are gone")
     assert daemon in others
     os.write(writer, b"\n")
     os.close(writer)
