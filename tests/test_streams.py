@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -84,3 +85,27 @@ def test_of_a_tree_that_has_ended_everything_is_read_whoever_takes_it(closed: li
     assert piped.ended.wait(DEADLINE)
     assert piped.sink.waiting == PIPE_SIZE <= REST_MAX
     assert len(piped.sink.take(2 * PIPE_SIZE)) == PIPE_SIZE
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_what_there_is_no_memory_to_read_is_read_later(
+    drained: bool, closed: list[Piped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel needs none for a pipe today; nothing of the output may depend on that."""
+    refused: list[int] = []
+    read = os.read
+
+    def refusing(fd: int, size: int) -> bytes:
+        if fd == piped.stream._fd and len(refused) < 3:
+            refused.append(fd)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return read(fd, size)
+
+    monkeypatch.setattr("proctree.streams.os.read", refusing)
+    piped = Piped(1000)
+    closed.append(piped)
+    piped.on_loop(lambda: (piped.stream.start(), drained and piped.stream.drain()))
+    assert piped.arrived.acquire(timeout=DEADLINE)
+    assert len(refused) == 3
+    assert len(piped.sink.take(CALLBACK_CHUNK)) == 1000
+    assert piped.ended.wait(DEADLINE if drained else 0) is drained

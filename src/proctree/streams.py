@@ -15,7 +15,7 @@ import struct
 import termios
 from collections.abc import Callable
 
-from proctree.loop import READ, WRITE, Loop
+from proctree.loop import LOOK_SECONDS, READ, WRITE, Loop
 from proctree.output import CallbackSink, CaptureSink, PullSink, Sink
 from proctree.process import fds
 
@@ -77,8 +77,13 @@ class OutputStream:
                 if self._left is not None:
                     self._finish()
                 return
-            except OSError:
-                self._finish()
+            except OSError as error:
+                # EIO of a terminal whose other end is closed (ioctl_tty(2)) is its end; want of
+                # memory is not.
+                if error.errno == errno.ENOMEM:
+                    self._read_later()
+                else:
+                    self._finish()
                 return
             if not more:
                 return
@@ -109,6 +114,10 @@ class OutputStream:
     def _window(self) -> memoryview:
         buffer = self._loop.buffer
         return buffer if self._left is None else buffer[: self._left]
+
+    def _read_later(self) -> None:
+        self._pause()
+        self._loop.call_later(LOOK_SECONDS, self._resume)
 
     def _pause(self) -> None:
         # Unregistered and not just masked: epoll reports a hang-up whether asked for or not.
