@@ -884,7 +884,8 @@ def test_a_loop_is_closed_and_its_task_thrown_away(name: str) -> None:
     (proc,) = started
     outcome = proc._handle.wait(DEADLINE)
     assert outcome is not None
-    assert outcome.detail == "its task was thrown away"
+    # Whichever is noticed first: that the tree has started may be told when the loop is closed.
+    assert outcome.detail in ("its task was thrown away", "its event loop has ended")
     assert not living()
 
 

@@ -19,6 +19,7 @@ from proctree.supervisor import (
     ChildSpec,
     IntensityExceeded,
     Notified,
+    OutputLine,
     StartFailed,
     Supervisor,
 )
@@ -131,8 +132,9 @@ def test_an_exception_goes_on(name: str) -> None:
 
 def test_a_second_interruption_has_it_end_at_once() -> None:
     """By a grace of a thousand seconds it would not end in this test."""
-    deaf = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
-    spec = ChildSpec("deaf", deaf, kill=proctree.KillPolicy.after(1000.0))
+    deaf = ["sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 1; done"]
+    policy = proctree.KillPolicy.after(1000.0)
+    spec = ChildSpec("deaf", deaf, kill=policy, ready=OutputLine("deaf"))
     supervisor = Supervisor([spec])
 
     async def main() -> None:
