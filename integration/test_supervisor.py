@@ -191,6 +191,14 @@ def test_one_that_is_not_ready_in_time(heard):
     assert "line /never/ on stdout or stderr" in raised.value.outcome.detail
 
 
+def test_a_job_that_is_not_done_in_time(heard):
+    with pytest.raises(StartFailed) as raised:
+        Supervisor([sleeper("job", ready=Completed(timeout=0.2))]).start()
+    assert raised.value.outcome is not None
+    assert raised.value.outcome.reason is Reason.NOT_READY
+    assert "not ready within 0.2 s: its end with success" in raised.value.outcome.detail
+
+
 # -- restarts
 
 

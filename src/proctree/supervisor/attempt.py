@@ -59,7 +59,7 @@ class Attempt:
     """See the module.
 
     Args:
-        probing: the child's, if something else than running makes it ready.
+        probing: the child's; None when it is ready as soon as it runs.
 
     Attributes:
         outcome: how it ended; None before that, and when it was not even launched.
@@ -200,10 +200,10 @@ class Attempt:
 
     def _began(self) -> None:
         self._owner.began(self)
-        if self._probing is not None:
-            self._probing.start()
-        elif self.spec.ready is None:
+        if self._probing is None:
             self.become_ready()
+        else:
+            self._probing.start()
 
     def become_ready(self) -> None:
         """What was waited for has come. One that is ending is not ready, whatever answers."""

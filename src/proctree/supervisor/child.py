@@ -18,7 +18,6 @@ from proctree.supervisor.notification import Notification
 from proctree.supervisor.plan import Child as Planned
 from proctree.supervisor.plan import Phase
 from proctree.supervisor.probing import Probing
-from proctree.supervisor.readiness import Completed
 from proctree.supervisor.spec import ChildSpec
 from proctree.supervisor.tail import Tail
 
@@ -83,7 +82,7 @@ class Child:
         self.gone: list[Callable[[], None]] = []
         self._supervisor = supervisor
         self._probing: Probing | None = None
-        if spec.ready is not None and not isinstance(spec.ready, Completed):
+        if spec.ready is not None:
             self._probing = Probing(
                 supervisor.loop, spec.ready, self._probed_ready, self._probed_not_ready
             )
