@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import select
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -176,6 +178,20 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.005)
+
+
+def in_thread(function: Callable[[], Any], name: str | None = None) -> queue.Queue[Any]:
+    """Gets what it returns, or the exception that it raises, when it does."""
+    results: queue.Queue[Any] = queue.Queue()
+
+    def call() -> None:
+        try:
+            results.put(function())
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=call, name=name, daemon=True).start()
+    return results
 
 
 def living() -> list[str]:

@@ -35,7 +35,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import proctree
-from integration.conftest import DEADLINE, QUICK
+from integration.conftest import DEADLINE, QUICK, in_thread
 from integration.puppets import signal_warden
 from integration.test_random_commands import LONG, SETTINGS, descendants, new_since
 from integration.test_supervisor import Heard
@@ -96,24 +96,10 @@ class Command(NamedTuple):
     arguments: dict[str, Any]
 
 
-def begun(function: Callable[[], Any], what: str) -> queue.Queue[Any]:
-    """What it returns, or the exception, when it does."""
-    results: queue.Queue[Any] = queue.Queue()
-
-    def call() -> None:
-        try:
-            results.put(function())
-        except Exception as error:
-            results.put(error)
-
-    threading.Thread(target=call, name=what, daemon=True).start()
-    return results
-
-
 def returned(function: Callable[[], Any], what: str) -> Any:
     """What it returns, or the exception; and it does."""
     try:
-        return begun(function, what).get(timeout=DEADLINE)
+        return in_thread(function, what).get(timeout=DEADLINE)
     except queue.Empty:
         raise AssertionError(f"{what} does not return") from None
 
@@ -166,7 +152,7 @@ class World:
     def start(self, children: dict[str, Child]) -> None:
         for name, child in children.items():
             self.add(name, child, wait=True)
-        self._wait_a_while("start", begun(self.supervisor.start, "start"))
+        self._wait_a_while("start", in_thread(self.supervisor.start, "start"))
 
     def _wait_a_while(self, what: str, result: queue.Queue[Any]) -> None:
         """A group in which one child fails again and again does not come up before somebody ends
@@ -182,7 +168,7 @@ class World:
 
     def add(self, name: str, child: Child, wait: bool) -> None:
         spec = self._spec(name, child)
-        result = begun(lambda: self.supervisor.add(spec, wait=wait), f"add {name}")
+        result = in_thread(lambda: self.supervisor.add(spec, wait=wait), f"add {name}")
         if name in self.present:
             assert isinstance(result.get(timeout=DEADLINE), ValueError)
             return

@@ -19,7 +19,15 @@ from typing import Any
 import pytest
 
 import proctree
-from integration.conftest import DEADLINE, QUICK, Lines, eventually, is_alive, start_supervisor
+from integration.conftest import (
+    DEADLINE,
+    QUICK,
+    Lines,
+    eventually,
+    in_thread,
+    is_alive,
+    start_supervisor,
+)
 from integration.test_supervisor import AT_ONCE, SLEEP, Heard, python, says, sleeper
 from proctree import Reason
 from proctree.channel import Channel, Server
@@ -53,20 +61,6 @@ def heard() -> Iterator[Heard]:
     events = Heard()
     yield events
     events.subscription.close()
-
-
-def in_thread(function: Callable[[], Any]) -> queue.Queue[Any]:
-    """What it returns or raises."""
-    results: queue.Queue[Any] = queue.Queue()
-
-    def call() -> None:
-        try:
-            results.put(function())
-        except Exception as error:
-            results.put(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return results
 
 
 def one_that_fails_at_once(name: str, **options: Any) -> ChildSpec:
