@@ -1,0 +1,1 @@
+"""One tree per key, across crashes of its supervisor."""
