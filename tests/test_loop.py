@@ -504,3 +504,30 @@ def test_a_fork_in_the_middle_of_making_descriptors_waits():
     assert in_child(child)
     thread.join(LONG)
     timer.join(LONG)
+
+
+def test_a_job_that_posts_itself_for_ever_lets_others_have_their_turn(loop, pipes):
+    """A reader does that while there is more to read."""
+    reader, writer = pipes[0]
+    seen: Future[int] = Future()
+    over = threading.Event()
+    ended = threading.Event()
+
+    def again() -> None:
+        if over.is_set():
+            ended.set()
+        else:
+            loop.post(again)
+
+    def readable(mask: int) -> None:
+        loop.unregister(reader)
+        seen.set_result(mask)
+
+    loop.register(reader, READ, readable)
+    loop.post(again)
+    try:
+        os.write(writer, b"x")
+        assert seen.result(LONG) & READ
+    finally:
+        over.set()
+    assert ended.wait(LONG)

@@ -242,12 +242,10 @@ class Loop:
             os.eventfd_read(self._wake)
 
     def _run_inbox(self) -> None:
-        while True:
-            try:
-                job = self._inbox.popleft()
-            except IndexError:
-                return
-            self._guard(job)
+        # Only what is there now: a job that posts itself again, having done its share, lets the
+        # others have a turn. `post` has made sure that there is another one.
+        for _ in range(len(self._inbox)):
+            self._guard(self._inbox.popleft())
 
     def _run_timers(self) -> None:
         now = time.monotonic()
