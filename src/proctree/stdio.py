@@ -66,7 +66,7 @@ class Stdio(enum.Enum):
 
 # subprocess's constants mean here what they mean there; the module itself is slow to import.
 _PIPE, _STDOUT, _DEVNULL = -1, -2, -3
-_ALIASES = {
+ALIASES = {
     _PIPE: Stdio.CAPTURE,
     _STDOUT: Stdio.STDOUT,
     _DEVNULL: Stdio.DEVNULL,
@@ -77,12 +77,12 @@ _ALIASES = {
 }
 
 
-def _common(value: Any, argument: str) -> Any:
+def to_common(value: Any, argument: str) -> Any:
     """What input and output streams have in common: None, constants, descriptors, files, paths."""
     if value is None:
         return Stdio.INHERIT
-    if isinstance(value, (int, str)) and not isinstance(value, bool) and value in _ALIASES:
-        return _ALIASES[value]
+    if isinstance(value, (int, str)) and not isinstance(value, bool) and value in ALIASES:
+        return ALIASES[value]
     if isinstance(value, bool):
         raise TypeError(f"{argument}: not {value!r}")
     if isinstance(value, int):
@@ -111,7 +111,7 @@ def _check_open(fd: int, argument: str) -> None:
 
 
 def _output(value: Any, argument: str) -> Any:
-    value = _common(value, argument)
+    value = to_common(value, argument)
     if value is Stdio.STDOUT and argument != "stderr":
         raise ValueError(f"{argument}: STDOUT is for stderr")
     if isinstance(value, (Stdio, int, os.PathLike, PullSink)):
@@ -125,8 +125,13 @@ def _output(value: Any, argument: str) -> Any:
     raise TypeError(f"{argument}: cannot write to {value!r}")
 
 
-def _input(value: Any) -> Any:
-    value = _common(value, "stdin")
+def to_input(value: Any) -> Any:
+    """What standard input is to be.
+
+    Raises:
+        TypeError, ValueError: naming `stdin`.
+    """
+    value = to_common(value, "stdin")
     if value in (Stdio.CAPTURE, Stdio.STDOUT):
         raise ValueError(f"stdin: {value} is for output; give bytes, a file, or DEVNULL")
     if isinstance(value, (bytearray, memoryview)):
@@ -134,6 +139,64 @@ def _input(value: Any) -> Any:
     if isinstance(value, (Stdio, int, os.PathLike, bytes)):
         return value
     raise TypeError(f"stdin: cannot read from {value!r}")
+
+
+class ChildEnds:
+    """What is open for the child alone, until it has it."""
+
+    def __init__(self) -> None:
+        self._open: list[int] = []
+
+    def add(self, fd: int) -> int:
+        self._open.append(fd)
+        return fd
+
+    def open_file(self, path: Any, flags: int, mode: int = 0o666) -> int:
+        """Raises OSError, which names the file."""
+        return self.add(fds.above_stdio(os.open(path, flags | os.O_CLOEXEC, mode)))
+
+    def movable(self, fd: int, target: int) -> int:
+        """A standard stream of ours that becomes another one of the child's is copied first, so
+        that the order in which they are put in place does not matter."""
+        if fd > 2 or fd == target:
+            return fd
+        return self.add(fds.above_stdio(os.dup(fd)))
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.pop())
+
+
+def line_callback(
+    wanted: Any, name: str, tree: StreamOwner
+) -> tuple[Callable[[str], object], LineCutter]:
+    """What `Lines` or `Log` has called with each line, and what cuts them."""
+    from proctree.sinks import Lines, log_callback
+
+    if isinstance(wanted, Lines):
+        return wanted.callback, LineCutter(wanted.max_length, wanted.encoding)
+    callback = log_callback(wanted, name, tree.tree_id, lambda: tree.pid)
+    return callback, LineCutter(wanted.max_length)
+
+
+def tapped(
+    taps: list[Callable[[str, bytes], None]], name: str, deliver: Callable[[bytes], None]
+) -> Callable[[bytes], None]:
+    """`deliver`, and before it each of the taps."""
+    if not taps:
+        return deliver
+
+    def deliver_tapped(data: bytes) -> None:
+        for tap in taps:
+            tap(name, data)
+        deliver(data)
+
+    return deliver_tapped
+
+
+def capture_limit(wanted: Any) -> int | None:
+    """Bytes to keep; None if it is not to be captured."""
+    return DEFAULT_CAPTURE if wanted is Stdio.CAPTURE else getattr(wanted, "limit", None)
 
 
 def _is_piped(value: Any) -> bool:
@@ -149,7 +212,7 @@ class Streams:
     """
 
     def __init__(self, stdin: Any, stdout: Any, stderr: Any, pty: Any = None) -> None:
-        self._stdin = _input(stdin)
+        self._stdin = to_input(stdin)
         self._stdout = _output(stdout, "stdout")
         self._stderr = _output(stderr, "stderr")
         self._window = to_window(pty)
@@ -159,7 +222,7 @@ class Streams:
         self.taps: list[Callable[[str, bytes], None]] = []
         self.terminal: Terminal | None = None
         self._terminal_fd: int | None = None
-        self._child_ends: list[int] = []
+        self._child_ends = ChildEnds()
         self._input_fd: int | None = None
         self._output_fds: dict[str, int] = {}
         self._input: InputStream | None = None
@@ -206,7 +269,7 @@ class Streams:
     def _open_terminal(self, size: WindowSize) -> tuple[int, int, int]:
         ours, theirs = make_terminal(size)
         self._output_fds["stdout"] = fds.own(ours)
-        self._child_end(theirs)
+        self._child_ends.add(theirs)
         self._terminal_fd = fds.own(fds.above_stdio(os.dup(ours)))
         return theirs, theirs, theirs
 
@@ -217,44 +280,29 @@ class Streams:
         if isinstance(value, bytes):
             reader, writer = fds.pipe()
             self._input_fd = fds.own(writer)
-            return self._child_end(reader)
+            return self._child_ends.add(reader)
         if isinstance(value, int):
-            return self._movable(value, 0)
+            return self._child_ends.movable(value, 0)
         path = os.devnull if value is Stdio.DEVNULL else value
-        return self._open_file(path, os.O_RDONLY)
+        return self._child_ends.open_file(path, os.O_RDONLY)
 
     def _open_output(self, name: str, value: Any) -> int | None:
         if value is Stdio.INHERIT:
             return None
         if isinstance(value, int):
-            return self._movable(value, 1 if name == "stdout" else 2)
+            return self._child_ends.movable(value, 1 if name == "stdout" else 2)
         if value is Stdio.DEVNULL:
-            return self._open_file(os.devnull, os.O_WRONLY)
+            return self._child_ends.open_file(os.devnull, os.O_WRONLY)
         if isinstance(value, os.PathLike):
             mode = os.O_APPEND if self.append else os.O_TRUNC
-            return self._open_file(value, os.O_WRONLY | os.O_CREAT | mode)
+            return self._child_ends.open_file(value, os.O_WRONLY | os.O_CREAT | mode)
         reader, writer = fds.pipe()
         widen(reader)
         self._output_fds[name] = fds.own(reader)
-        return self._child_end(writer)
-
-    def _open_file(self, path: Any, flags: int) -> int:
-        return self._child_end(fds.above_stdio(os.open(path, flags | os.O_CLOEXEC, 0o666)))
-
-    def _movable(self, fd: int, target: int) -> int:
-        """A standard stream of ours that becomes another one of the child's is copied first, so
-        that the order in which they are put in place does not matter."""
-        if fd > 2 or fd == target:
-            return fd
-        return self._child_end(fds.above_stdio(os.dup(fd)))
-
-    def _child_end(self, fd: int) -> int:
-        self._child_ends.append(fd)
-        return fd
+        return self._child_ends.add(writer)
 
     def close_child_ends(self) -> None:
-        while self._child_ends:
-            os.close(self._child_ends.pop())
+        self._child_ends.close()
 
     # -- on the loop
 
@@ -285,23 +333,14 @@ class Streams:
         if isinstance(wanted, PullSink):
             wanted.attach(lambda: self._resume(name))
             return wanted
-        limit = DEFAULT_CAPTURE if wanted is Stdio.CAPTURE else getattr(wanted, "limit", None)
+        limit = capture_limit(wanted)
         if limit is not None:
             self._captures[name] = CaptureSink(limit)
             return self._captures[name]
         deliver, finish = self._delivery(name, wanted, tree)
-        if self.taps:
-            deliver = self._tapped(name, deliver)
+        deliver = tapped(self.taps, name, deliver)
         # The stream is made after its sink, so that the sink looks it up when it needs it.
         return CallbackSink(tree.worker, deliver, finish, lambda: self._resume(name))
-
-    def _tapped(self, name: str, deliver: Callable[[bytes], None]) -> Callable[[bytes], None]:
-        def deliver_tapped(data: bytes) -> None:
-            for tap in self.taps:
-                tap(name, data)
-            deliver(data)
-
-        return deliver_tapped
 
     def _resume(self, name: str) -> None:
         stream = self._streams.get(name)
@@ -311,16 +350,12 @@ class Streams:
     def _delivery(
         self, name: str, wanted: Any, tree: StreamOwner
     ) -> tuple[Callable[[bytes], None], Callable[[], None] | None]:
-        from proctree.sinks import Chunks, Lines, log_callback
+        from proctree.sinks import Chunks
 
         errors = tree.callback_errors
         if isinstance(wanted, Chunks):
             return chunk_delivery(wanted.callback, name, errors)
-        if isinstance(wanted, Lines):
-            cutter = LineCutter(wanted.max_length, wanted.encoding)
-            return line_delivery(wanted.callback, cutter, name, errors, tree.worker.breathe)
-        callback = log_callback(wanted, name, tree.tree_id, lambda: tree.pid)
-        cutter = LineCutter(wanted.max_length)
+        callback, cutter = line_callback(wanted, name, tree)
         return line_delivery(callback, cutter, name, errors, tree.worker.breathe)
 
     def drain(self) -> None:

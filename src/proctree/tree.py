@@ -23,11 +23,11 @@ from proctree.output import CallbackErrors
 from proctree.policy import KillPolicy, Leftovers, Stage
 from proctree.process import fds
 from proctree.records import Ending, Reason, StageSent, Usage
-from proctree.stdio import Streams
 from proctree.worker import Worker
 
 if TYPE_CHECKING:
     from proctree.outcome import Outcome
+    from proctree.stdio import Captured, StreamOwner
     from proctree.terminal import Terminal
 
 
@@ -48,6 +48,47 @@ class Attached(Protocol):
         """There is none, or no longer. From any thread."""
 
 
+class StandardStreams(Protocol):
+    """The standard streams of a tree: `stdio.Streams`, or what takes its place."""
+
+    taps: list[Callable[[str, bytes], None]]
+    append: bool
+
+    @property
+    def terminal(self) -> Terminal | None: ...
+
+    @property
+    def outputs(self) -> int:
+        """How many output streams will report their end."""
+        ...
+
+    def open(self) -> tuple[int | None, int | None, int | None]:
+        """With the descriptor lock held; returns what the child's 0, 1 and 2 are to be."""
+        ...
+
+    def close_child_ends(self) -> None:
+        """The child has them, or there is no child."""
+
+    def attach(self, loop: Loop, tree: StreamOwner) -> None:
+        """With the descriptor lock held. Nothing is delivered before `start`."""
+
+    def start(self) -> None:
+        """There is a main process."""
+
+    def drain(self) -> None:
+        """The tree is empty: each stream reports its end when what there is was delivered."""
+
+    def close_input(self) -> None:
+        """The main process has exited."""
+
+    def close(self) -> None:
+        """Gives back everything, whatever was not delivered."""
+
+    def captured(self) -> tuple[Captured, Captured]:
+        """Of stdout and stderr."""
+        ...
+
+
 _alive: set[Tree] = set()
 """Trees that have not been closed, for the end of the interpreter."""
 
@@ -65,7 +106,7 @@ class Tree:
         tree_id: str,
         command: Command,
         contained: Contained,
-        streams: Streams,
+        streams: StandardStreams,
         policy: KillPolicy,
         leftovers: Leftovers,
         timeout: float | None,
