@@ -230,6 +230,15 @@ class CallbackSink(_BoundedSink):
         need to wait for the worker."""
         return self._finish is None and self._fed_pieces == self._done_pieces
 
+    def then(self, job: Callable[[], None]) -> None:
+        """Runs `job` on the worker after everything that was fed, unless it is given up first."""
+
+        def run() -> None:
+            if not self._dropped:
+                job()
+
+        self._worker.post(run)
+
     def end(self, done: Callable[[], None]) -> None:
         """No more bytes; calls `done` on the worker after the last callback."""
 
