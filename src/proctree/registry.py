@@ -15,15 +15,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import stat
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from proctree import events
 from proctree.errors import ProctreeError, errno_name
-from proctree.process import cgroups, fds, proof
+from proctree.process import cgroups, fds, private, proof
 from proctree.process import sweep as _sweep
+from proctree.process.private import NotPrivate
 from proctree.process.sweep import Search
 from proctree.records import Member
 
@@ -95,17 +95,6 @@ def default_directory() -> str:
     return os.path.join(tempfile.gettempdir(), f"proctree-{os.geteuid()}")
 
 
-def _check(path: str) -> None:
-    """In /tmp somebody else may have been there first."""
-    info = os.lstat(path)
-    if not stat.S_ISDIR(info.st_mode):
-        raise RegistryUnusable(f"{path} is not a directory: remove it")
-    if info.st_uid != os.geteuid():
-        raise RegistryUnusable(f"{path} belongs to uid {info.st_uid} and not to us: remove it")
-    if info.st_mode & 0o077:
-        raise RegistryUnusable(f"{path} is open to others (it must have mode 0700): chmod it")
-
-
 def make_directory(path: str) -> str:
     """Makes it if need be, and checks that it is ours alone.
 
@@ -113,9 +102,9 @@ def make_directory(path: str) -> str:
         RegistryUnusable: it is not, or cannot be made.
     """
     try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        _check(path)
+        private.make(path)
+    except NotPrivate as error:
+        raise RegistryUnusable(str(error)) from None
     except OSError as error:
         raise RegistryUnusable(f"{path}: {errno_name(error.errno or 0)}") from None
     return path
@@ -390,10 +379,12 @@ def sweep(directory: str | os.PathLike[str] | None = None) -> list[Swept]:
     """
     path = os.fspath(directory) if directory is not None else default_directory()
     try:
-        _check(path)
+        private.check(path)
         names = sorted(os.listdir(path))
     except FileNotFoundError:
         return []
+    except NotPrivate as error:
+        raise RegistryUnusable(str(error)) from None
     except OSError as error:
         raise RegistryUnusable(f"{path}: {errno_name(error.errno or 0)}") from None
     swept = []
