@@ -89,7 +89,8 @@ def _encode(value: Any, argument: str) -> bytes:
     return encoded
 
 
-def _argv(target: Any) -> tuple[bytes, ...]:
+def to_argv(target: Any) -> tuple[bytes, ...]:
+    """Checked. Raises TypeError and ValueError, naming the argument."""
     if isinstance(target, (str, bytes, os.PathLike)):
         hint = ' (a function is "module:function")' if isinstance(target, str) else ""
         raise TypeError(f"argv: a sequence of arguments, not the single {target!r}{hint}")
@@ -164,7 +165,7 @@ def _attributes(value: Any) -> SpawnAttributes | None:
     return to_attributes(value)
 
 
-def _to_function(target: Any) -> Function | None:
+def to_function(target: Any) -> Function | None:
     """From the value, or from its name as a text; None for what is neither."""
     if isinstance(target, str):
         if ":" not in target:
@@ -203,7 +204,7 @@ def check(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    by_name = _to_function(target)
+    by_name = to_function(target)
     payload, template = None, None
     function = target if by_name is None and callable(target) else None
     argv: tuple[bytes, ...] = ()
@@ -211,7 +212,7 @@ def check(
         payload, template = by_name.payload(), by_name.template
         argv = by_name.interpreter() if template is None else ()
     elif function is None:
-        argv = _argv(target)
+        argv = to_argv(target)
     environment = _environment(env)
     # From ours and not from `env`: a nested tree is below this one whatever its environment says.
     outer = os.environb.get(TREE_VARIABLE.encode())

@@ -1,0 +1,82 @@
+"""The socket at which an attempt's warden is found again.
+
+It is bound and reached through /proc/self/fd: a socket's address has room for 107 bytes (unix(7)),
+and the path of an attempt may have more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+
+from proctree.durable import files
+from proctree.durable.folders import CONTROL
+from proctree.process import fds
+
+BACK_OFF = 0.005
+"""Seconds between two tries."""
+
+
+def _address(directory: int) -> str:
+    return f"/proc/self/fd/{directory}/{CONTROL}"
+
+
+def _socket() -> socket.socket:
+    with fds.making():
+        fd = fds.above_stdio(
+            socket.socket(
+                socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            ).detach()
+        )
+        return socket.socket(fileno=fds.own(fd))
+
+
+def bind(directory: int) -> socket.socket:
+    """A socket with the name `control` in this directory, which it keeps wherever that is moved.
+    Nobody listens yet: then connecting is refused. It is owned (fds.py). Raises OSError."""
+    sock = _socket()
+    try:
+        sock.bind(_address(directory))
+    except BaseException:
+        fds.close(sock.detach())
+        raise
+    return sock
+
+
+def connect(place: str, patience: float) -> socket.socket:
+    """A connection to the warden of an attempt.
+
+    Args:
+        place: the attempt's directory.
+        patience: seconds for which a warden is waited for that has more to accept than fits its
+            backlog. Nobody tells when there is room (connect(2), EAGAIN), so it is tried again.
+
+    Returns:
+        The socket, which does not block. It is owned: close it by `fds.close(sock.detach())`.
+
+    Raises:
+        ConnectionRefusedError: nobody listens: the warden has not begun to, or is dead.
+        FileNotFoundError: there is no socket: the attempt has ended, or is no tree's.
+        TimeoutError: the backlog stayed full.
+        OSError: what else may go wrong.
+    """
+    due = time.monotonic() + patience
+    with files.opened(place) as directory:
+        sock = _socket()
+        try:
+            while True:
+                try:
+                    sock.connect(_address(directory))
+                    return sock
+                except (BlockingIOError, InterruptedError):
+                    if time.monotonic() >= due:
+                        text = f"the warden did not accept the connection within {patience:g} s"
+                        raise TimeoutError(
+                            errno.ETIMEDOUT, text, os.path.join(place, CONTROL)
+                        ) from None
+                    time.sleep(BACK_OFF)
+        except BaseException:
+            fds.close(sock.detach())
+            raise
