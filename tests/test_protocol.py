@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from helper_sources import WARDEN
 from proctree import policy, protocol
+from proctree.durable import recording
 from proctree.policy import KillPolicy, Scope, Stage
 from proctree.protocol import MEMBERS_MAX, ProtocolError, Type, decode
 
@@ -31,6 +32,8 @@ LAYOUTS: dict[str, tuple[struct.Struct, list[str]]] = {
     "message_stage": (protocol.STAGE, STAGE),
     "message_start": (protocol.START, [*HEADER, "stage_count", *STAGES]),
     "message_signal": (protocol.SIGNAL, [*HEADER, *(f"stage.{name}" for name in STAGE)]),
+    "message_keep": (protocol.KEEP, [*HEADER, "lease_ms"]),
+    "message_note": (protocol.NOTE, [*HEADER, "length", "text"]),
     "message_started": (protocol.STARTED, [*HEADER, "pid", "reserved", "start_time"]),
     "message_failure": (protocol.FAILURE, [*HEADER, "error", "step"]),
     "message_exited": (protocol.EXITED, [*HEADER, "status", "leftovers", *USAGE]),
@@ -46,6 +49,7 @@ LAYOUTS: dict[str, tuple[struct.Struct, list[str]]] = {
         [*HEADER, "reaped", *USAGE, "memory_peak", "pids_peak", "oom_kills"],
     ),
     "message_stopped": (protocol.STOPPED, [*HEADER, "signo"]),
+    "message_attached": (protocol.ATTACHED, [*HEADER, "owner", "ending"]),
 }
 
 NUMBERS = [
@@ -54,7 +58,11 @@ NUMBERS = [
     "PROTOCOL_MEMBERS_MAX",
     "STAGE_RESUME",
     "STAGE_FOREGROUND",
+    "STAGE_ENDING",
     "MEMBERS_MORE",
+    "ATTACH_OWN",
+    "ATTACHED_OWNER",
+    "PROTOCOL_NOTE_MAX",
     "sizeof(struct message_members)",
     "offsetof(struct message_members, count)",
     "offsetof(struct message_members, total)",
@@ -64,13 +72,13 @@ NUMBERS = [
 
 def enumerators() -> list[str]:
     """Every name in the header's enums; what they are worth is for the compiler to say."""
-    return re.findall(r"\b((?:MESSAGE|SCOPE|STEP)_\w+) = ", HEADER_H.read_text())
+    return re.findall(r"\b((?:MESSAGE|SCOPE|STEP|CAUSE)_\w+) = ", HEADER_H.read_text())
 
 
 def describe_field(name: str, field: str) -> str:
     where = f"((struct {name} *)0)->{field}"
     # An array has no sign, and none is asked of characters.
-    sign = f"((__typeof__({where}))-1 < 0)" if field not in ("state", "comm") else "-1"
+    sign = f"((__typeof__({where}))-1 < 0)" if field not in ("state", "comm", "text") else "-1"
     return (
         f'printf("%s[%zu, %zu, %d]", first++ ? ", " : "", offsetof(struct {name}, {field}), '
         f"sizeof({where}), {sign});"
@@ -155,12 +163,22 @@ def test_steps(c):
     assert values == protocol.STEPS
 
 
+def test_causes(c):
+    values = {name[len("CAUSE_") :]: c[name] for name in c if name.startswith("CAUSE_")}
+    assert {cause.name: cause.value for cause in recording.Cause} == values
+
+
 def test_limits(c):
     assert c["PROTOCOL_VERSION"] == protocol.VERSION
     assert c["PROTOCOL_STAGES_MAX"] == protocol.STAGES_MAX == policy.MAX_STAGES
     assert c["PROTOCOL_MEMBERS_MAX"] == MEMBERS_MAX
     assert c["STAGE_RESUME"] == protocol.STAGE_RESUME
+    assert c["STAGE_FOREGROUND"] == protocol.STAGE_FOREGROUND
+    assert c["STAGE_ENDING"] == protocol.STAGE_ENDING
     assert c["MEMBERS_MORE"] == protocol.MEMBERS_MORE
+    assert c["ATTACH_OWN"] == protocol.ATTACH_OWN
+    assert c["ATTACHED_OWNER"] == protocol.ATTACHED_OWNER
+    assert c["PROTOCOL_NOTE_MAX"] == protocol.NOTE_MAX == recording.NOTE_MAX
 
 
 READ_PLAN = """
@@ -216,6 +234,7 @@ FROM_WARDEN = {
     Type.EMPTY: protocol.EMPTY,
     Type.FAULT: protocol.FAILURE,
     Type.STOPPED: protocol.STOPPED,
+    Type.ATTACHED: protocol.ATTACHED,
 }
 MEMBERS_SIZE = protocol.MEMBERS.size + MEMBERS_MAX * protocol.MEMBER.size
 SIZES = sorted({layout.size for layout in FROM_WARDEN.values()} | {MEMBERS_SIZE})
@@ -277,7 +296,7 @@ def test_another_version_is_refused(version):
         decode(data)
 
 
-@pytest.mark.parametrize("number", [0, Type.START, Type.RELEASE, 7, 63, 74, 255])
+@pytest.mark.parametrize("number", [0, Type.START, Type.NOTE, 12, 63, 75, 255])
 def test_a_type_that_no_warden_sends_is_refused(number):
     with pytest.raises(ProtocolError, match=f"unknown message type {number}"):
         decode(bytes([protocol.VERSION, number]).ljust(16, b"\0"))
@@ -354,6 +373,59 @@ def test_the_longest_plan_fits():
     assert protocol.START.unpack(data)[4] == protocol.STAGES_MAX
 
 
-@pytest.mark.parametrize("type_", [Type.LIST, Type.FREEZE, Type.THAW, Type.RELEASE])
+@pytest.mark.parametrize(
+    "type_",
+    [Type.LIST, Type.FREEZE, Type.THAW, Type.RELEASE, Type.DETACH, Type.CANCEL],
+)
 def test_plain_messages_are_a_header(type_):
     assert protocol.HEADER.unpack(protocol.encode_plain(type_, 3)) == (1, type_, 0, 3)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_attach_is_encoded(own):
+    data = protocol.encode_attach(own, 9)
+    assert protocol.HEADER.unpack(data) == (1, Type.ATTACH, int(own), 9)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted"), [(0, 0), (1.5, 1500), (0.0004, 0), (1e12, 2**32 - 1), (2**32, 2**32 - 1)]
+)
+def test_keep_is_encoded(seconds, wanted):
+    assert protocol.KEEP.unpack(protocol.encode_keep(seconds)) == (1, Type.KEEP, 0, 0, wanted)
+
+
+@pytest.mark.parametrize("seconds", [-1, -0.001, float("nan")])
+def test_a_lease_that_is_none(seconds):
+    with pytest.raises(ValueError, match=f"a lease of {seconds} seconds"):
+        protocol.encode_keep(seconds)
+
+
+READ_NOTE = """
+#include <stdio.h>
+#include "protocol.h"
+int main(void)
+{
+    struct message_note note;
+    if (fread(&note, 1, sizeof note, stdin) != sizeof note || note.header.type != MESSAGE_NOTE)
+        return 1;
+    return fwrite(note.text, 1, note.length, stdout) != note.length;
+}
+"""
+
+
+def test_c_reads_the_note_that_python_wrote(compile_c):
+    reader = compile_c(READ_NOTE)
+    for text in (b"", b"timeout\0after 3 s", bytes(range(256))[: protocol.NOTE_MAX]):
+        data = protocol.encode_note(text)
+        done = subprocess.run([reader], input=data, capture_output=True, check=True)
+        assert done.stdout == text
+
+
+def test_a_note_that_does_not_fit():
+    with pytest.raises(ValueError, match="a note of 237 bytes, and 236 is the most"):
+        protocol.encode_note(b"x" * 237)
+
+
+def test_a_stage_of_an_ending_is_encoded():
+    data = protocol.encode_signal(7, Stage(signal.SIGKILL), resume=True, ending=True)
+    assert protocol.SIGNAL.unpack(data)[6] == protocol.STAGE_ENDING

@@ -27,6 +27,11 @@ class Type(enum.IntEnum):
     FREEZE = 4
     THAW = 5
     RELEASE = 6
+    KEEP = 7
+    DETACH = 8
+    ATTACH = 9
+    CANCEL = 10
+    NOTE = 11
 
     STARTED = 64
     EXEC_FAILED = 65
@@ -38,13 +43,22 @@ class Type(enum.IntEnum):
     EMPTY = 71
     FAULT = 72
     STOPPED = 73
+    ATTACHED = 74
 
 
 SCOPES = {Scope.MAIN: 1, Scope.GROUP: 2, Scope.TREE: 3}
 
 STAGE_RESUME = 1
 STAGE_FOREGROUND = 2
+STAGE_ENDING = 4
 MEMBERS_MORE = 1
+ATTACH_OWN = 1
+ATTACHED_OWNER = 1
+NOTE_MAX = 236
+"""Bytes that a note may have."""
+
+LEASE_MAX = 0xFFFFFFFF / 1000
+"""Seconds; a longer lease is this long."""
 
 STEPS = {
     1: "arguments",
@@ -80,12 +94,20 @@ STEPS = {
     31: "gid",
     32: "uid",
     33: "no_new_privs",
+    34: "lock",
+    35: "run",
+    36: "record",
+    37: "listen",
+    38: "attach",
+    39: "lease",
 }
 
 HEADER = struct.Struct("=BBHI")
 STAGE = struct.Struct("=iHHI")
 START = struct.Struct("=BBHII" + STAGE.format[1:] * STAGES_MAX)
 SIGNAL = struct.Struct("=BBHI" + STAGE.format[1:])
+KEEP = struct.Struct("=BBHII4x")
+NOTE = struct.Struct(f"=BBHII{NOTE_MAX}s")
 STARTED = struct.Struct("=BBHIiiQ")
 FAILURE = struct.Struct("=BBHIii")
 EXITED = struct.Struct("=BBHIiIQQQ")
@@ -96,6 +118,7 @@ DENIED = struct.Struct("=BBHIii")
 ASKED = struct.Struct("=BBHIiiI")
 EMPTY = struct.Struct("=BBHIQQQQQQQ")
 STOPPED = struct.Struct("=BBHIi4x")
+ATTACHED = struct.Struct("=BBHIiI")
 
 _MEMBERS_SIZE = MEMBERS.size + MEMBERS_MAX * MEMBER.size
 
@@ -136,6 +159,7 @@ _FROM_WARDEN = {
     Type.EMPTY: EMPTY,
     Type.FAULT: FAILURE,
     Type.STOPPED: STOPPED,
+    Type.ATTACHED: ATTACHED,
 }
 _BY_NUMBER = {int(type_): (type_, layout) for type_, layout in _FROM_WARDEN.items()}
 
@@ -159,20 +183,53 @@ def encode_start(stages: Sequence[Stage]) -> bytes:
     return START.pack(VERSION, Type.START, 0, 0, len(stages), *values)
 
 
-def encode_signal(serial: int, stage: Stage, *, resume: bool, foreground: bool = False) -> bytes:
+def encode_signal(
+    serial: int, stage: Stage, *, resume: bool, foreground: bool = False, ending: bool = False
+) -> bytes:
     """SIGNAL: one stage, carried out now. `resume` sends SIGCONT to stopped members, `foreground`
-    gives the terminal to the main process's group first."""
+    gives the terminal to the main process's group first, `ending` says that this is a stage of an
+    ending and not just a signal."""
     signo, scope, flags, grace_ms = _stage_values(stage)
     if not resume:
         flags = 0
     if foreground:
         flags |= STAGE_FOREGROUND
+    if ending:
+        flags |= STAGE_ENDING
     return SIGNAL.pack(VERSION, Type.SIGNAL, 0, serial, signo, scope, flags, grace_ms)
 
 
 def encode_plain(type_: Type, serial: int) -> bytes:
-    """LIST, FREEZE, THAW, RELEASE: a header and nothing else."""
+    """LIST, FREEZE, THAW, RELEASE, DETACH, CANCEL: a header and nothing else."""
     return HEADER.pack(VERSION, type_, 0, serial)
+
+
+def encode_attach(own: bool, serial: int = 0) -> bytes:
+    """ATTACH: the first message on a connection to a durable warden; `own` asks for the ownership,
+    now or when it becomes free. The answer repeats `serial`."""
+    return HEADER.pack(VERSION, Type.ATTACH, ATTACH_OWN if own else 0, serial)
+
+
+def encode_keep(seconds: float) -> bytes:
+    """KEEP: a new length of the lease, counted from now; at most LEASE_MAX seconds.
+
+    Raises:
+        ValueError: `seconds` is negative or not a number.
+    """
+    if not seconds >= 0:
+        raise ValueError(f"a lease of {seconds} seconds")
+    return KEEP.pack(VERSION, Type.KEEP, 0, 0, round(min(seconds, LEASE_MAX) * 1000))
+
+
+def encode_note(text: bytes) -> bytes:
+    """NOTE: what the exit record says when it is the owner who ends the tree.
+
+    Raises:
+        ValueError: it has more than NOTE_MAX bytes.
+    """
+    if len(text) > NOTE_MAX:
+        raise ValueError(f"a note of {len(text)} bytes, and {NOTE_MAX} is the most")
+    return NOTE.pack(VERSION, Type.NOTE, 0, 0, len(text), text)
 
 
 def _decode_members(data: bytes) -> Message:

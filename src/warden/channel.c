@@ -13,6 +13,9 @@
 #define SEND_TRIES 100
 #define SEND_PAUSE_MS 10
 
+/* How long the owner of a durable tree may not read what it is told. */
+#define OWNER_PATIENCE_MS 2000
+
 void header_init(struct message_header *header, enum message_type type, uint32_t serial)
 {
     *header = (struct message_header){
@@ -23,17 +26,23 @@ void header_init(struct message_header *header, enum message_type type, uint32_t
 }
 
 /* A supervisor that does not read holds the warden up here, and so loses nothing; one that dies
- * lets it go.  Both are events, so there is nothing to poll for on an interval. */
+ * lets it go.  Both are events, so there is nothing to poll for on an interval.  The owner of a
+ * durable tree is one of several, and is not waited for beyond its patience and its lease. */
 static bool wait_writable(struct warden *w)
 {
-    struct pollfd fds[2] = {
+    struct pollfd fds[3] = {
         {.fd = w->control, .events = POLLOUT},
         {.fd = w->supervisor, .events = POLLIN},
+        {.fd = w->lease_timer > 0 ? w->lease_timer : -1, .events = POLLIN},
     };
-    while (poll(fds, 2, -1) < 0)
-        if (errno != EINTR)
-            return false;
-    return !(fds[1].revents & POLLIN) && !(fds[0].revents & (POLLERR | POLLHUP));
+    const int64_t end = now_ms() + OWNER_PATIENCE_MS;
+    int ready;
+    do {
+        const int64_t left = end - now_ms();
+        ready = poll(fds, 3, !durable(w) ? -1 : left > 0 ? (int)left : 0);
+    } while (ready < 0 && errno == EINTR);
+    return ready > 0 && !(fds[1].revents & POLLIN) && !fds[2].revents &&
+           !(fds[0].revents & (POLLERR | POLLHUP));
 }
 
 /* A message arrives, or the channel ends: the supervisor may be waiting for it, and would wait for
@@ -60,19 +69,25 @@ void channel_send(struct warden *w, const void *message, size_t size)
  * A supervisor that closes its end before it has read everything leaves ECONNRESET here, once, and
  * ahead of what it had sent before (unix(7) does not say so; net/unix/af_unix.c does).  RELEASE may
  * be among that. */
-ssize_t channel_receive(struct warden *w, void *buffer, size_t size)
+ssize_t channel_receive(int fd, void *buffer, size_t size)
 {
     ssize_t got;
     do
-        got = recv(w->control, buffer, size, MSG_DONTWAIT | MSG_TRUNC);
+        got = recv(fd, buffer, size, MSG_DONTWAIT | MSG_TRUNC);
     while (got < 0 && (errno == EINTR || errno == ECONNRESET));
     return got;
 }
 
-void send_failure(struct warden *w, enum message_type type, struct failure failure)
+struct message_failure failure_message(enum message_type type, struct failure failure)
 {
     struct message_failure message = {.error = failure.error, .step = failure.step};
     header_init(&message.header, type, 0);
+    return message;
+}
+
+void send_failure(struct warden *w, enum message_type type, struct failure failure)
+{
+    const struct message_failure message = failure_message(type, failure);
     channel_send(w, &message, sizeof message);
 }
 
@@ -100,8 +115,10 @@ void send_empty(struct warden *w)
     struct message_empty message = {.reaped = w->reaped, .usage = usage_of_tree()};
     header_init(&message.header, MESSAGE_EMPTY, 0);
     cgroup_peaks(w, &message);
+    if (durable(w))
+        record_end(w, &message);
     leave_nothing(w);
-    channel_send(w, &message, sizeof message);
+    tell_everybody(w, &message, sizeof message);
 }
 
 static void fill_member(struct message_member *to, const struct process *from, int error,
@@ -164,8 +181,8 @@ uint32_t send_members(struct warden *w, uint32_t serial)
 
 void send_exited(struct warden *w, uint32_t leftovers)
 {
-    struct message_exited message = {
+    w->exited = (struct message_exited){
         .status = w->main_status, .leftovers = leftovers, .usage = usage_of_tree()};
-    header_init(&message.header, MESSAGE_EXITED, 0);
-    channel_send(w, &message, sizeof message);
+    header_init(&w->exited.header, MESSAGE_EXITED, 0);
+    tell_everybody(w, &w->exited, sizeof w->exited);
 }

@@ -27,6 +27,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -262,6 +263,41 @@ ssize_t write(int fd, const void *buffer, size_t size)
     return CALL(SYS_write, fd, buffer, size, 0, 0, 0);
 }
 
+ssize_t pwrite(int fd, const void *buffer, size_t size, off_t offset)
+{
+    return CALL(SYS_pwrite64, fd, buffer, size, offset, 0, 0);
+}
+
+int ftruncate(int fd, off_t size)
+{
+    return (int)CALL(SYS_ftruncate, fd, size, 0, 0, 0, 0);
+}
+
+int fsync(int fd)
+{
+    return (int)CALL(SYS_fsync, fd, 0, 0, 0, 0, 0);
+}
+
+int fdatasync(int fd)
+{
+    return (int)CALL(SYS_fdatasync, fd, 0, 0, 0, 0, 0);
+}
+
+int listen(int fd, int backlog)
+{
+    return (int)CALL(SYS_listen, fd, backlog, 0, 0, 0, 0);
+}
+
+int accept4(int fd, struct sockaddr *address, socklen_t *restrict size, int flags)
+{
+    return (int)CALL(SYS_accept4, fd, address, size, flags, 0, 0);
+}
+
+int getsockopt(int fd, int level, int name, void *restrict value, socklen_t *restrict size)
+{
+    return (int)CALL(SYS_getsockopt, fd, level, name, value, size, 0);
+}
+
 int socketpair(int domain, int type, int protocol, int pair[2])
 {
     return (int)CALL(SYS_socketpair, domain, type, protocol, pair, 0, 0);
@@ -368,6 +404,16 @@ int madvise(void *at, size_t size, int advice)
 int clock_gettime(clockid_t clock, struct timespec *out)
 {
     return (int)CALL(SYS_clock_gettime, clock, out, 0, 0, 0, 0);
+}
+
+int timerfd_create(clockid_t clock, int flags)
+{
+    return (int)CALL(SYS_timerfd_create, clock, flags, 0, 0, 0, 0);
+}
+
+int timerfd_settime(int fd, int flags, const struct itimerspec *to, struct itimerspec *old)
+{
+    return (int)CALL(SYS_timerfd_settime, fd, flags, to, old, 0, 0);
 }
 
 int prctl(int option, ...)

@@ -164,6 +164,7 @@ int be_init(struct warden *w)
     bool main_gone = false, warden_there = true;
 
     w->control = w->supervisor = w->proc = w->leaf = w->leaf_events = w->entry = w->terminal = -1;
+    w->options.lock = w->options.run = w->options.listen = w->lease_timer = -1;
     descriptors_drop(w);
     if (send(w->init_link, &failure, sizeof failure, MSG_NOSIGNAL) < 0 || failure.error)
         return 1;

@@ -42,6 +42,12 @@ static const struct option known[] = {
     {"spare", FLAG, AT(spare), 0, 0},
     {"keepsession", FLAG, AT(keep_session), 0, 0},
     {"terminal", FLAG, AT(terminal), 0, 0},
+    {"lock", NUMBER, AT(lock), 0, 0},
+    {"run", NUMBER, AT(run), 0, 0},
+    {"listen", NUMBER, AT(listen), 0, 0},
+    {"lease", LONG, AT(lease), 0, 0},
+    {"strict", FLAG, AT(strict), 0, 0},
+    {"endleftovers", FLAG, AT(end_leftovers), 0, 0},
     {"umask", LONG, OWN(umask), OWN(set_umask), 0},
     {"nice", LONG, OWN(nice), OWN(set_nice), 0},
     {"ionice", LONG, OWN(ionice), OWN(set_ionice), 0},
@@ -111,16 +117,38 @@ static bool take_option(struct options *options, char *argument)
     }
 }
 
+/* One that is inherited, and not one of the standard streams; or none. */
+static bool inherited(int fd)
+{
+    return fd == -1 || fd > 2;
+}
+
+static bool valid_durable(const struct options *options)
+{
+    if (options->run < 0 && (options->lock >= 0 || options->listen >= 0 || options->lease ||
+                             options->strict || options->end_leftovers))
+        return false;
+    return inherited(options->lock) && inherited(options->run) && inherited(options->listen) &&
+           options->lease >= 0 && options->lease <= (long)UINT32_MAX;
+}
+
 bool parse_arguments(struct options *options, char **argv)
 {
-    *options = (struct options){
-        .control = -1, .watch = -1, .gate = -1, .report = -1, .init = -1, .proc = -1};
+    *options = (struct options){.control = -1,
+                                .watch = -1,
+                                .gate = -1,
+                                .report = -1,
+                                .init = -1,
+                                .proc = -1,
+                                .lock = -1,
+                                .run = -1,
+                                .listen = -1};
     char **at = argv[0] ? argv + 1 : argv;
     for (; *at && strcmp(*at, "--") != 0; at++)
         if (!take_option(options, *at))
             return false;
     options->argv = *at ? at + 1 : at;
-    if (options->control <= 2)
+    if (options->control <= 2 || !valid_durable(options))
         return false;
     if (options->be_init)
         return true;

@@ -12,9 +12,9 @@
 #define PROTOCOL_STAGES_MAX 8
 #define PROTOCOL_MEMBERS_MAX 64 /* members in one MEMBERS message */
 #define PROTOCOL_COMM_SIZE 16   /* TASK_COMM_LEN, proc(5) */
+#define PROTOCOL_NOTE_MAX 236   /* bytes */
 
-/* Supervisor to warden: 1 to 63.  Warden to supervisor: 64 and up.
- * 7 and 8 are reserved for KEEP and DETACH. */
+/* Supervisor to warden: 1 to 63.  Warden to supervisor: 64 and up. */
 enum message_type {
     MESSAGE_START = 1,
     MESSAGE_SIGNAL = 2,
@@ -22,6 +22,12 @@ enum message_type {
     MESSAGE_FREEZE = 4,
     MESSAGE_THAW = 5,
     MESSAGE_RELEASE = 6,
+    /* To a durable warden only. */
+    MESSAGE_KEEP = 7,
+    MESSAGE_DETACH = 8,
+    MESSAGE_ATTACH = 9,
+    MESSAGE_CANCEL = 10,
+    MESSAGE_NOTE = 11,
 
     MESSAGE_STARTED = 64,
     MESSAGE_EXEC_FAILED = 65,
@@ -32,7 +38,8 @@ enum message_type {
     MESSAGE_ASKED = 70,
     MESSAGE_EMPTY = 71,
     MESSAGE_FAULT = 72,
-    MESSAGE_STOPPED = 73
+    MESSAGE_STOPPED = 73,
+    MESSAGE_ATTACHED = 74
 };
 
 enum scope { SCOPE_MAIN = 1, SCOPE_GROUP = 2, SCOPE_TREE = 3 };
@@ -71,12 +78,31 @@ enum step {
     STEP_GROUPS = 30,
     STEP_GID = 31,
     STEP_UID = 32,
-    STEP_NO_NEW_PRIVS = 33
+    STEP_NO_NEW_PRIVS = 33,
+    STEP_LOCK = 34,
+    STEP_RUN = 35,
+    STEP_RECORD = 36,
+    STEP_LISTEN = 37,
+    STEP_ATTACH = 38,
+    STEP_LEASE = 39
+};
+
+/* Why a durable tree ended; in its exit record. */
+enum cause {
+    CAUSE_ITSELF = 0,
+    CAUSE_OWNER = 1,     /* its owner ended it; the note says why */
+    CAUSE_CANCELLED = 2, /* CANCEL */
+    CAUSE_LEASE = 3,
+    CAUSE_ASKED = 4, /* by a signal to the warden */
+    CAUSE_NOT_STARTED = 5
 };
 
 #define STAGE_RESUME 1u     /* send SIGCONT to stopped members, so that they see the signal */
 #define STAGE_FOREGROUND 2u /* give the terminal to the main process's group first */
+#define STAGE_ENDING 4u     /* a stage of an ending, and not just a signal */
 #define MEMBERS_MORE 1u     /* another MEMBERS message with the same serial follows */
+#define ATTACH_OWN 1u       /* the sender wants to be the owner */
+#define ATTACHED_OWNER 1u   /* the receiver is the owner now */
 
 struct message_header {
     uint8_t version;
@@ -102,6 +128,18 @@ struct message_start {
 struct message_signal {
     struct message_header header;
     struct message_stage stage; /* grace_ms is ignored: the supervisor keeps the time */
+};
+
+struct message_keep { /* a new length of the lease, counted from now */
+    struct message_header header;
+    uint32_t lease_ms;
+    uint32_t reserved;
+};
+
+struct message_note { /* what the exit record says when it is the owner who ends the tree */
+    struct message_header header;
+    uint32_t length;
+    char text[PROTOCOL_NOTE_MAX];
 };
 
 struct message_started {
@@ -183,6 +221,12 @@ struct message_stopped { /* the main process, in a foreground job */
     struct message_header header;
     int32_t signo;
     int32_t reserved;
+};
+
+struct message_attached { /* answers ATTACH; and unasked, when the receiver becomes the owner */
+    struct message_header header;
+    int32_t owner;   /* its pid; 0: there is none, or it is in a PID namespace that we cannot see */
+    uint32_t ending; /* 1 + the cause, when the warden itself is ending the tree; else 0 */
 };
 
 #endif

@@ -15,7 +15,14 @@ static size_t expected_size(uint8_t type)
     case MESSAGE_FREEZE:
     case MESSAGE_THAW:
     case MESSAGE_RELEASE:
+    case MESSAGE_DETACH:
+    case MESSAGE_ATTACH:
+    case MESSAGE_CANCEL:
         return sizeof(struct message_header);
+    case MESSAGE_KEEP:
+        return sizeof(struct message_keep);
+    case MESSAGE_NOTE:
+        return sizeof(struct message_note);
     default:
         return 0;
     }
@@ -42,7 +49,14 @@ bool request_valid(const union request *request, size_t size)
     if (size < sizeof request->header || request->header.version != PROTOCOL_VERSION ||
         size != expected_size(request->header.type))
         return false;
-    if (request->header.type == MESSAGE_START)
+    switch (request->header.type) {
+    case MESSAGE_START:
         return valid_plan(&request->start);
-    return request->header.type != MESSAGE_SIGNAL || valid_stage(&request->signal.stage);
+    case MESSAGE_SIGNAL:
+        return valid_stage(&request->signal.stage);
+    case MESSAGE_NOTE:
+        return request->note.length <= PROTOCOL_NOTE_MAX;
+    default:
+        return true;
+    }
 }

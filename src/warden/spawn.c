@@ -94,8 +94,9 @@ int descriptors_prepare(const struct warden *w)
  * and none of a descriptor that was passed to it. */
 void descriptors_drop(struct warden *w)
 {
-    int own[] = {w->control,     w->supervisor, w->signals, w->proc,    w->leaf,
-                 w->leaf_events, w->init_link,  w->entry,   w->terminal};
+    int own[] = {w->control,     w->supervisor, w->signals,      w->proc,         w->leaf,
+                 w->leaf_events, w->init_link,  w->entry,        w->terminal,     w->lease_timer,
+                 w->options.lock, w->options.run, w->options.listen};
     unsigned low = 3;
 
     for (;;) { /* the gaps between our own, from below */

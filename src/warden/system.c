@@ -26,11 +26,22 @@ int sys_pidfd_send_signal(int fd, int signo)
     return (int)syscall(SYS_pidfd_send_signal, fd, signo, NULL, 0);
 }
 
-int64_t now_ms(void)
+static int64_t clock_ms(clockid_t clock)
 {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(clock, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+int64_t now_ms(void)
+{
+    return clock_ms(CLOCK_MONOTONIC);
+}
+
+/* With the time that the machine was suspended. */
+int64_t boot_ms(void)
+{
+    return clock_ms(CLOCK_BOOTTIME);
 }
 
 struct failure failed(int step)

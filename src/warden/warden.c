@@ -19,8 +19,15 @@
  *   tree.c     who is in the tree, and the proof of it
  *   ending.c   signal it, freeze it, kill it, reap it
  *   spawn.c    start or adopt the main process
+ *   plan.c     why and how the warden ends it by itself
  *   channel.c  messages                               (protocol.h)
- *   system.c   the system calls that libc does not wrap */
+ *   system.c   the system calls that libc does not wrap
+ *
+ * A durable warden (the option `run`) is one whose tree outlives its supervisor:
+ *
+ *   attached.c who has connected to it, and who of them is the supervisor now
+ *   lease.c    how long it lives when nobody is there
+ *   record.c   what is written down when it has ended */
 #define _GNU_SOURCE
 #include "warden.h"
 
@@ -35,39 +42,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* How long a supervisor may take to act on a signal that asked the warden to end, before the
- * warden ends the tree by itself: a stopped supervisor must not keep it alive. */
-#define ASKED_PATIENCE_MS 1000
 #define LAST_WORDS_MAX 1024
 
 /* How long the end of what had been made for a tree that cannot begin may take. */
 #define ABANDON_PATIENCE_MS 2000
 
-enum verdict { GO_ON, FINISHED, GIVEN_UP };
-
-/* ---- The orphan plan ---- */
-
-static enum verdict plan_step(struct warden *w)
-{
-    if (w->plan_next >= w->plan_count) {
-        /* Every stage has had its grace and something is still there: it cannot be ended by us.
-         * There is nobody to report it to, and waiting on would help nobody. */
-        return GIVEN_UP;
-    }
-    const struct message_stage *stage = &w->plan[w->plan_next++];
-    send_signal(w, stage, 0);
-    w->plan_due = now_ms() + stage->grace_ms;
-    return GO_ON;
-}
-
-static enum verdict plan_begin(struct warden *w)
-{
-    if (w->plan_running)
-        return GO_ON;
-    w->plan_running = true;
-    w->asked_due = 0;
-    return plan_step(w);
-}
+/* ---- The supervisor ---- */
 
 static enum verdict supervisor_lost(struct warden *w)
 {
@@ -76,15 +56,20 @@ static enum verdict supervisor_lost(struct warden *w)
     if (w->supervisor >= 0)
         close(w->supervisor);
     w->control = w->supervisor = -1;
-    return plan_begin(w);
+    if (!durable(w))
+        return plan_begin(w, CAUSE_LEASE);
+    if (w->cause != CAUSE_OWNER) /* it is about an ending that this one has not begun */
+        w->note.length = 0;
+    return attached_promote(w) ? GO_ON : plan_leftovers(w);
 }
 
 /* ---- What the supervisor says ---- */
 
+/* A durable tree outlives its supervisor, and so one that talks nonsense. */
 static enum verdict refuse(struct warden *w)
 {
     send_failure(w, MESSAGE_FAULT, (struct failure){.error = EPROTO, .step = STEP_PROTOCOL});
-    return plan_begin(w);
+    return durable(w) ? supervisor_lost(w) : plan_begin(w, CAUSE_LEASE);
 }
 
 static void answer(struct warden *w, struct sent sent, uint32_t serial)
@@ -94,11 +79,56 @@ static void answer(struct warden *w, struct sent sent, uint32_t serial)
     channel_send(w, &message, sizeof message);
 }
 
+/* Once it is in the record that the owner ends the tree, why it does is settled too. */
+static void take_note(struct warden *w, const struct message_note *note)
+{
+    if (w->cause != CAUSE_OWNER || !w->note.length)
+        w->note = *note;
+}
+
+/* What only a durable warden understands. */
+static enum verdict obey_owner(struct warden *w, const union request *request)
+{
+    const struct message_asked self = {.pid = w->owner, .uid = w->owner_uid};
+
+    switch (request->header.type) {
+    case MESSAGE_KEEP:
+        lease_keep(w, request->keep.lease_ms);
+        return GO_ON;
+    case MESSAGE_NOTE:
+        take_note(w, &request->note);
+        return GO_ON;
+    case MESSAGE_ATTACH:
+        attached_tell_owner(w, request->header.serial);
+        return GO_ON;
+    case MESSAGE_DETACH:
+        return supervisor_lost(w);
+    case MESSAGE_CANCEL:
+        return ask_owner(w, CAUSE_CANCELLED, self);
+    default:
+        return refuse(w);
+    }
+}
+
+/* Nobody would be left who could let it go on. */
+static enum verdict release(struct warden *w, uint32_t serial)
+{
+    if (durable(w)) { /* nor anybody who has its lock, and writes down how it ended */
+        send_failure(w, MESSAGE_FAULT, (struct failure){.error = EPERM, .step = STEP_ATTACH});
+        return GO_ON;
+    }
+    if (w->frozen)
+        thaw_tree(w, serial);
+    cgroup_evacuate(w);
+    leave_nothing(w);
+    return FINISHED;
+}
+
 static enum verdict obey(struct warden *w, const union request *request)
 {
     const uint32_t serial = request->header.serial;
 
-    w->asked_due = 0;
+    owner_acts(w, request);
     switch (request->header.type) {
     case MESSAGE_SIGNAL:
         answer(w, send_signal(w, &request->signal.stage, serial), serial);
@@ -114,21 +144,16 @@ static enum verdict obey(struct warden *w, const union request *request)
         answer(w, thaw_tree(w, serial), serial);
         return GO_ON;
     case MESSAGE_RELEASE:
-        /* Nobody would be left who could let it go on. */
-        if (w->frozen)
-            thaw_tree(w, serial);
-        cgroup_evacuate(w);
-        leave_nothing(w);
-        return FINISHED;
+        return release(w, serial);
     default:
-        return refuse(w);
+        return durable(w) ? obey_owner(w, request) : refuse(w);
     }
 }
 
 static enum verdict read_control(struct warden *w)
 {
     union request request;
-    ssize_t size = channel_receive(w, &request, sizeof request);
+    ssize_t size = channel_receive(w->control, &request, sizeof request);
 
     if (size < 0 && errno == EAGAIN)
         return GO_ON;
@@ -145,7 +170,7 @@ static enum verdict hear_out(struct warden *w)
 {
     struct pollfd fd = {.fd = w->control, .events = POLLIN};
     enum verdict verdict = GO_ON;
-    for (int i = 0; i < LAST_WORDS_MAX && verdict == GO_ON && w->control >= 0; i++) {
+    for (int i = 0; i < LAST_WORDS_MAX && verdict == GO_ON && w->control == fd.fd; i++) {
         if (poll(&fd, 1, 0) <= 0)
             break;
         verdict = read_control(w);
@@ -203,26 +228,17 @@ static enum verdict children_changed(struct warden *w)
     w->intruded = childless;
     if (w->killing)
         kill_again(w, by_itself);
-    return GO_ON;
+    return plan_leftovers(w);
 }
 
-/* Somebody asked the warden to end: the supervisor decides how, as for any other kill.  If it does
- * not act, or the same is asked again, the warden does. */
 static enum verdict asked_to_end(struct warden *w, const struct signalfd_siginfo *info)
 {
-    if (w->plan_running)
-        return GO_ON;
-    if (w->asked_due)
-        return plan_begin(w);
-    struct message_asked message = {
+    const struct message_asked asked = {
         .signo = (int32_t)info->ssi_signo,
         .pid = (int32_t)info->ssi_pid,
         .uid = info->ssi_uid,
     };
-    header_init(&message.header, MESSAGE_ASKED, 0);
-    channel_send(w, &message, sizeof message);
-    w->asked_due = now_ms() + ASKED_PATIENCE_MS;
-    return GO_ON;
+    return ask_owner(w, CAUSE_ASKED, asked);
 }
 
 static enum verdict read_signals(struct warden *w)
@@ -253,7 +269,7 @@ static enum verdict read_signals(struct warden *w)
 
 static int next_timeout(const struct warden *w)
 {
-    const int64_t due[] = {w->plan_due, w->asked_due, w->kill_due};
+    const int64_t due[] = {w->plan_due, w->asked_due, w->kill_due, w->lease_due, w->listen_due};
     int64_t first = 0;
     for (size_t i = 0; i < sizeof due / sizeof due[0]; i++)
         if (due[i] && (!first || due[i] < first))
@@ -268,10 +284,14 @@ static enum verdict run_timers(struct warden *w)
 {
     const int64_t now = now_ms();
 
+    if (durable(w))
+        lease_follow(w);
     if (w->kill_due && w->kill_due <= now)
         kill_retry(w);
     if (w->asked_due && w->asked_due <= now)
-        return plan_begin(w);
+        return plan_begin(w, w->asked_cause);
+    if (w->lease_due && w->lease_due <= now)
+        return plan_begin(w, CAUSE_LEASE);
     if (w->plan_due && w->plan_due <= now)
         return plan_step(w);
     return GO_ON;
@@ -279,47 +299,59 @@ static enum verdict run_timers(struct warden *w)
 
 static bool supervisor_there(const struct warden *w)
 {
-    if (w->options.watch < 0)
+    if (w->options.watch < 0 && !w->promoted)
         return getppid() == w->options.supervisor;
     return w->supervisor >= 0 && (sys_pidfd_send_signal(w->supervisor, 0) == 0 || errno == EPERM);
 }
 
+/* Of every warden; behind them come those that are attached. */
+#define FIXED_FDS 5
+
 /* EINTR, or short of memory: then everything is looked at, and nothing of that blocks.  Whether the
  * supervisor is there can be told without a poll: from whose child we are. */
-static void look_without_poll(const struct warden *w, struct pollfd fds[4], int error)
+static void look_without_poll(const struct warden *w, struct pollfd *fds, size_t attached,
+                              int error)
 {
-    for (int i = 0; i < 4; i++)
+    for (size_t i = 0; i < FIXED_FDS + attached; i++)
         fds[i].revents = error == EINTR || fds[i].fd < 0 ? 0 : fds[i].events;
     if (supervisor_there(w))
         fds[2].revents = 0;
+    if (attached && error != EINTR)
+        attached_look(fds + FIXED_FDS);
     if (error != EINTR)
         poll(NULL, 0, 1);
 }
 
 static enum verdict turn(struct warden *w)
 {
-    struct pollfd fds[4] = {
+    struct pollfd fds[FIXED_FDS + ATTACHED_FDS] = {
         {.fd = w->signals, .events = POLLIN},
         {.fd = w->control, .events = POLLIN},
         {.fd = w->supervisor, .events = POLLIN},
         {.fd = w->intruded ? w->leaf_events : -1, .events = POLLPRI},
+        {.fd = w->lease_timer > 0 ? w->lease_timer : -1, .events = POLLIN},
     };
-    if (poll(fds, 4, next_timeout(w)) < 0)
-        look_without_poll(w, fds, errno);
+    const size_t attached = attached_poll(w, fds + FIXED_FDS);
+    if (poll(fds, FIXED_FDS + attached, next_timeout(w)) < 0)
+        look_without_poll(w, fds, attached, errno);
     enum verdict verdict = GO_ON;
     if (fds[0].revents)
         verdict = read_signals(w);
     if (verdict == GO_ON && fds[3].revents)
         verdict = children_changed(w);
-    if (verdict == GO_ON && fds[1].revents)
+    if (verdict == GO_ON && fds[4].revents && lease_ran_out(w))
+        verdict = plan_begin(w, CAUSE_LEASE);
+    if (verdict == GO_ON && fds[1].revents && fds[1].fd == w->control)
         verdict = read_control(w);
     /* A forked helper of the host program may hold a copy of the socket, so that its end never
      * comes: the pidfd does not have that problem. */
-    if (verdict == GO_ON && fds[2].revents && w->supervisor >= 0) {
+    if (verdict == GO_ON && fds[2].revents && fds[2].fd == w->supervisor) {
         verdict = hear_out(w);
-        if (verdict == GO_ON && w->supervisor >= 0)
+        if (verdict == GO_ON && fds[2].fd == w->supervisor)
             verdict = supervisor_lost(w);
     }
+    if (verdict == GO_ON && attached)
+        verdict = attached_turn(w, fds + FIXED_FDS);
     return verdict == GO_ON ? run_timers(w) : verdict;
 }
 
@@ -445,7 +477,7 @@ static bool receive_start(struct warden *w)
             return false;
         if (fds[1].revents && !fds[0].revents)
             return false;
-        size = channel_receive(w, &request, sizeof request);
+        size = channel_receive(w->control, &request, sizeof request);
     } while (size < 0 && errno == EAGAIN);
     if (size < 0)
         send_failure(w, MESSAGE_FAULT, failure_at(STEP_PROTOCOL, errno));
@@ -481,22 +513,36 @@ static void set_title(struct warden *w, char **argv)
         memset(argv[1], 0, (size_t)(*last + strlen(*last) - argv[1]));
 }
 
+static struct failure prepare_durable(struct warden *w)
+{
+    if (!durable(w))
+        return failure_at(0, 0);
+    w->started_ms = boot_ms();
+    struct failure failure = attached_listen(w);
+    return failure.error ? failure : lease_prepare(w);
+}
+
 static bool begin(struct warden *w)
 {
-    struct failure failure = contain(w);
+    struct failure failure = prepare_durable(w);
+    if (!failure.error)
+        failure = contain(w);
     if (!failure.error)
         failure = w->options.adopt ? adopt_main(w) : spawn_main(w);
     if (failure.error) {
+        if (durable(w))
+            record_failure(w, failure);
         send_failure(w, MESSAGE_EXEC_FAILED, failure);
         return false;
     }
     struct process process;
-    struct message_started message = {.pid = w->main};
+    struct message_started *message = &w->started;
+    message->pid = w->main;
     if (process_read(w->proc, w->main, &process) == 0)
-        message.start_time = process.start_time;
-    registry_started(w, message.start_time);
-    header_init(&message.header, MESSAGE_STARTED, 0);
-    channel_send(w, &message, sizeof message);
+        message->start_time = process.start_time;
+    registry_started(w, message->start_time);
+    header_init(&message->header, MESSAGE_STARTED, 0);
+    channel_send(w, message, sizeof *message);
     return true;
 }
 
@@ -590,5 +636,7 @@ int main(int argc, char **argv)
         return prepare_signals(w) ? 1 : be_init(w);
     }
     w->control = w->options.control;
+    w->owner = w->options.supervisor;
+    w->owner_uid = geteuid();
     return supervise(w, argv);
 }

@@ -2,6 +2,7 @@
 #ifndef PROCTREE_WARDEN_H
 #define PROCTREE_WARDEN_H
 
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -17,6 +18,9 @@
 
 #define LIMITS_MAX 4
 #define RLIMITS_MAX 16 /* RLIM_NLIMITS */
+
+/* How many may be attached to a durable tree, besides its owner. */
+#define WATCHERS_MAX 32
 
 /* What the main process is given between fork and exec.  A text is a list with commas. */
 struct attributes {
@@ -54,6 +58,14 @@ struct options {
     bool spare;     /* wardens that the main process forked are no members: see tree.c */
     bool keep_session; /* a foreground job: a group of its own, in our session */
     bool terminal;     /* standard input becomes the controlling terminal */
+
+    /* Of a durable warden; what makes it one is `run`. */
+    int lock;          /* nothing is done with it, but that it is open for as long as we live */
+    int run;           /* the directory of this attempt, or -1 */
+    int listen;        /* a bound socket on which others attach, or -1 */
+    long lease;        /* ms that the tree lives on when nobody is attached */
+    bool strict;       /* the lease runs whoever is attached */
+    bool end_leftovers; /* what the main process leaves ends when nobody owns the tree */
     struct attributes attributes;
     char **argv;
 };
@@ -77,11 +89,24 @@ struct cached {
     int fd;
 };
 
+/* Somebody who has connected to a durable warden.  All zero: a free place. */
+struct peer {
+    int fd;
+    int pidfd; /* 0: its process is in a PID namespace that we cannot see */
+    pid_t pid;
+    uid_t uid;
+    bool attached;
+    uint64_t waits; /* for the ownership, since this turn of all that do; 0: it does not */
+};
+
 struct warden {
     struct options options;
     pid_t self;
     int control;    /* -1 once the supervisor is gone */
     int supervisor; /* pidfd, -1 once it is gone */
+    pid_t owner;    /* its number, and that of its user, for people */
+    uid_t owner_uid;
+    bool promoted; /* the supervisor is one that has attached, and not the one that started us */
     int signals;    /* signalfd */
     int proc;       /* O_PATH of /proc */
 
@@ -103,6 +128,17 @@ struct warden {
     int main_status;
     uint64_t reaped;
 
+    /* What a durable warden knows besides. */
+    uint64_t waits; /* the last that was given out */
+    int64_t listen_due;
+    int lease_timer; /* of a strict lease; else 0 */
+    int64_t lease_due;
+    int64_t started_ms; /* CLOCK_BOOTTIME */
+    struct message_started started;
+    struct message_exited exited;
+    struct message_note note;
+    enum cause cause;
+
     /* The orphan plan. */
     struct message_stage plan[PROTOCOL_STAGES_MAX];
     uint32_t plan_count;
@@ -110,6 +146,8 @@ struct warden {
     bool plan_running;
     int64_t plan_due; /* CLOCK_MONOTONIC in ms; 0: no timer */
     int64_t asked_due;
+    enum cause asked_cause;
+    uint32_t ending; /* of message_attached */
 
     /* A SIGKILL of the tree that has not yet come to its end. */
     bool intruded; /* no children, and yet somebody is in the leaf */
@@ -126,6 +164,9 @@ struct warden {
     bool skip_killed; /* a walk that need not look below them */
     struct cached cache[CACHE_SIZE];
     unsigned cache_next;
+
+    /* Last, so that a warden that is not durable never touches it. */
+    struct peer watchers[WATCHERS_MAX];
 };
 
 /* Where something failed, for a message; all zero: nowhere. */
@@ -133,6 +174,9 @@ struct failure {
     int error;
     int step;
 };
+
+/* What is to be done next. */
+enum verdict { GO_ON, FINISHED, GIVEN_UP };
 
 /* options.c: the command line.  Pure. */
 bool parse_arguments(struct options *options, char **argv);
@@ -143,6 +187,8 @@ union request {
     struct message_header header;
     struct message_start start;
     struct message_signal signal;
+    struct message_keep keep;
+    struct message_note note;
 };
 bool request_valid(const union request *request, size_t size);
 
@@ -244,10 +290,52 @@ void terminal_prepare(struct warden *w);
 void terminal_give(const struct warden *w, pid_t group);
 void terminal_take(const struct warden *w);
 
+/* plan.c: why and how the warden ends the tree by itself. */
+bool durable(const struct warden *w);
+enum verdict plan_step(struct warden *w);
+enum verdict plan_begin(struct warden *w, enum cause cause);
+enum verdict plan_leftovers(struct warden *w);
+enum verdict ask_owner(struct warden *w, enum cause cause, struct message_asked message);
+void owner_acts(struct warden *w, const union request *request);
+
+/* lease.c: how long a durable tree lives without anybody. */
+struct failure lease_prepare(struct warden *w);
+void lease_keep(struct warden *w, uint32_t lease_ms);
+bool lease_ran_out(struct warden *w);
+void lease_follow(struct warden *w);
+
+/* attached.c: who has connected to a durable warden. */
+#define ATTACHED_FDS (1 + 2 * WATCHERS_MAX)
+struct failure attached_listen(struct warden *w);
+size_t attached_poll(const struct warden *w, struct pollfd fds[ATTACHED_FDS]);
+void attached_look(struct pollfd fds[ATTACHED_FDS]);
+enum verdict attached_turn(struct warden *w, const struct pollfd fds[ATTACHED_FDS]);
+bool attached_promote(struct warden *w);
+bool attached_any(const struct warden *w);
+void attached_tell_owner(struct warden *w, uint32_t serial);
+void tell_everybody(struct warden *w, const void *message, size_t size);
+
+/* record.c: the exit record of a durable tree. */
+#define RECORD_MAX 2048
+struct record {
+    int status; /* as waitpid(2) gives it, or -1 */
+    enum cause cause;
+    struct failure failure;
+    pid_t pid;
+    int64_t duration_ms;
+    const struct message_empty *empty;
+    const struct message_note *note;
+};
+uint32_t crc32_of(const char *text, size_t size);
+size_t record_format(char out[RECORD_MAX], const struct record *record);
+void record_end(struct warden *w, const struct message_empty *empty);
+void record_failure(struct warden *w, struct failure failure);
+
 /* channel.c: messages. */
 void header_init(struct message_header *header, enum message_type type, uint32_t serial);
 void channel_send(struct warden *w, const void *message, size_t size);
-ssize_t channel_receive(struct warden *w, void *buffer, size_t size);
+ssize_t channel_receive(int fd, void *buffer, size_t size);
+struct message_failure failure_message(enum message_type type, struct failure failure);
 void send_failure(struct warden *w, enum message_type type, struct failure failure);
 void send_exited(struct warden *w, uint32_t leftovers);
 void send_empty(struct warden *w);
@@ -257,6 +345,7 @@ uint32_t send_members(struct warden *w, uint32_t serial);
 int sys_pidfd_open(pid_t pid);
 int sys_pidfd_send_signal(int fd, int signo);
 int64_t now_ms(void);
+int64_t boot_ms(void);
 struct failure failed(int step);
 int write_text(int directory, const char *path, const char *text);
 ssize_t read_text(int directory, const char *path, char *text, size_t size);

@@ -90,14 +90,14 @@ static void receiving(void)
 {
     char small[8];
     connect_pair();
-    CHECK(channel_receive(&warden, small, sizeof small) == -1 && errno == EAGAIN);
+    CHECK(channel_receive(warden.control, small, sizeof small) == -1 && errno == EAGAIN);
     CHECK(send(peer, "12345678", 8, 0) == 8 && send(peer, "123456789", 9, 0) == 9);
-    CHECK(channel_receive(&warden, small, sizeof small) == 8);
+    CHECK(channel_receive(warden.control, small, sizeof small) == 8);
     /* Too long a message is not taken for its beginning. */
-    CHECK(channel_receive(&warden, small, sizeof small) == 9);
+    CHECK(channel_receive(warden.control, small, sizeof small) == 9);
     close(peer);
     peer = -1;
-    CHECK(channel_receive(&warden, small, sizeof small) == 0);
+    CHECK(channel_receive(warden.control, small, sizeof small) == 0);
     disconnect();
 }
 

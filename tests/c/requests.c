@@ -28,7 +28,14 @@ static size_t size_of(int type)
     case MESSAGE_FREEZE:
     case MESSAGE_THAW:
     case MESSAGE_RELEASE:
+    case MESSAGE_DETACH:
+    case MESSAGE_ATTACH:
+    case MESSAGE_CANCEL:
         return 8;
+    case MESSAGE_KEEP:
+        return 8 + 8;
+    case MESSAGE_NOTE:
+        return 8 + 4 + 236;
     default:
         return 0;
     }
@@ -43,7 +50,7 @@ static void fill(union request *request, int version, int type)
     if (type == MESSAGE_START) {
         request->start.stage_count = 1;
         request->start.stages[0] = (struct message_stage){.signo = SIGTERM, .scope = SCOPE_TREE};
-    } else {
+    } else if (type != MESSAGE_NOTE) {
         request->signal.stage = (struct message_stage){.signo = SIGTERM, .scope = SCOPE_TREE};
     }
 }
@@ -120,11 +127,23 @@ static void stages_of_start(void)
         }
 }
 
+static void lengths_of_note(void)
+{
+    static const uint32_t lengths[] = {0, 1, 235, 236, 237, 256, 0x80000000, 0xffffffff};
+    union request request;
+    fill(&request, PROTOCOL_VERSION, MESSAGE_NOTE);
+    for (size_t i = 0; i < COUNT(lengths); i++) {
+        request.note.length = lengths[i];
+        CHECK(valid(&request, sizeof request.note) == (lengths[i] <= 236));
+    }
+}
+
 int main(void)
 {
     every_version_type_and_size();
     stages_of_signal();
     stages_of_start();
+    lengths_of_note();
     printf("%u\n", checks);
     return 0;
 }

@@ -18,6 +18,11 @@ static size_t size_of(uint8_t type)
         [MESSAGE_FREEZE] = sizeof(struct message_header),
         [MESSAGE_THAW] = sizeof(struct message_header),
         [MESSAGE_RELEASE] = sizeof(struct message_header),
+        [MESSAGE_KEEP] = sizeof(struct message_keep),
+        [MESSAGE_DETACH] = sizeof(struct message_header),
+        [MESSAGE_ATTACH] = sizeof(struct message_header),
+        [MESSAGE_CANCEL] = sizeof(struct message_header),
+        [MESSAGE_NOTE] = sizeof(struct message_note),
     };
     return type < sizeof sizes / sizeof sizes[0] ? sizes[type] : 0;
 }
@@ -30,6 +35,8 @@ static bool good(const union request *request, size_t size)
         return false;
     if (request->header.type == MESSAGE_SIGNAL)
         return stage_good(&request->signal.stage);
+    if (request->header.type == MESSAGE_NOTE)
+        return request->note.length <= 236;
     if (request->header.type != MESSAGE_START)
         return true;
     bool result = request->start.stage_count >= 1 && request->start.stage_count <= 8;
@@ -61,7 +68,9 @@ static struct message_stage take_stage(struct input *input)
 static void written(const uint8_t *data, size_t size)
 {
     static const uint8_t types[] = {MESSAGE_START, MESSAGE_SIGNAL, MESSAGE_LIST,
-                                    MESSAGE_FREEZE, MESSAGE_THAW,  MESSAGE_RELEASE};
+                                    MESSAGE_FREEZE, MESSAGE_THAW,   MESSAGE_RELEASE,
+                                    MESSAGE_KEEP,   MESSAGE_DETACH, MESSAGE_ATTACH,
+                                    MESSAGE_CANCEL, MESSAGE_NOTE};
     struct input input = {data, size};
     union request request;
 
@@ -78,6 +87,10 @@ static void written(const uint8_t *data, size_t size)
         for (uint32_t i = 0; i < request.start.stage_count; i++)
             request.start.stages[i] = take_stage(&input);
     }
+    if (request.header.type == MESSAGE_KEEP)
+        request.keep.lease_ms = (uint32_t)take(&input, 4);
+    if (request.header.type == MESSAGE_NOTE)
+        request.note.length = (uint32_t)take(&input, 1) % (PROTOCOL_NOTE_MAX + 1);
     const size_t whole = size_of(request.header.type);
     REQUIRE(good(&request, whole));
     anything((const uint8_t *)&request, whole);

@@ -1,0 +1,53 @@
+/* The lease: how long a durable tree lives when nobody is attached.
+ *
+ * A strict one runs whoever is attached, and nothing but KEEP moves it: so its owner knows, by its
+ * own clock and without an answer, until when the tree may run at most.  That is why it counts the
+ * time in which the machine is suspended (CLOCK_BOOTTIME), and has a timer of the kernel, which poll(2)
+ * with a timeout could not be: that one stands still meanwhile. */
+#define _GNU_SOURCE
+#include "warden.h"
+
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+static int set_timer(const struct warden *w)
+{
+    const long ms = w->options.lease;
+    struct itimerspec to = {.it_value = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000}};
+    if (ms == 0) /* all zero disarms it (timerfd_settime(2)) */
+        to.it_value.tv_nsec = 1;
+    return timerfd_settime(w->lease_timer, 0, &to, NULL);
+}
+
+struct failure lease_prepare(struct warden *w)
+{
+    if (!w->options.strict)
+        return (struct failure){0, 0};
+    w->lease_timer = lift(timerfd_create(CLOCK_BOOTTIME, TFD_CLOEXEC | TFD_NONBLOCK));
+    return w->lease_timer < 0 || set_timer(w) < 0 ? failed(STEP_LEASE) : (struct failure){0, 0};
+}
+
+void lease_keep(struct warden *w, uint32_t lease_ms)
+{
+    w->options.lease = (long)lease_ms;
+    if (w->options.strict && set_timer(w) < 0)
+        send_failure(w, MESSAGE_FAULT, failed(STEP_LEASE));
+}
+
+/* Of the strict one. */
+bool lease_ran_out(struct warden *w)
+{
+    uint64_t times;
+    return read(w->lease_timer, &times, sizeof times) == (ssize_t)sizeof times;
+}
+
+/* The other one begins when the last one has gone, and ends when somebody comes. */
+void lease_follow(struct warden *w)
+{
+    if (w->options.strict)
+        return;
+    if (w->plan_running || attached_any(w))
+        w->lease_due = 0;
+    else if (!w->lease_due)
+        w->lease_due = now_ms() + w->options.lease;
+}
