@@ -39,6 +39,7 @@ INPUTS: list[tuple[Event, dict[str, Any]]] = [
     (Event.MAIN_EXITED, {"status": None, "leftovers": SOMEBODY, "empty": False}),
     (Event.SUCCEEDED, {}),
     (Event.SUCCESSOR_EXITED, {"status": 256}),
+    (Event.DETACHED, {}),
     (Event.EMPTY, {}),
     (Event.LOST, {"detail": "end of file"}),
 ]
@@ -305,6 +306,23 @@ def test_a_sweep_that_takes_too_long_says_that_nothing_is_proved():
     assert kinds(actions)[-2:] == [Action.CLOSE, Action.PUBLISH]
     assert life.survivors == ()
     assert life.detail == "end of file; not swept in 10 s, so something may be left"
+
+
+def test_who_lets_go_of_a_tree_gets_what_it_has_written_so_far_and_signals_nobody():
+    life = life_in(State.RUNNING, streams=1)
+    actions = life.handle(Event.DETACHED)
+    assert kinds(actions) == [Action.RELEASE, Action.DRAIN, Action.ARM_DRAIN]
+    assert actions[1] == (Action.DRAIN, True)
+    actions = life.handle(Event.STREAM_ENDED)
+    assert kinds(actions) == [Action.CLOSE, Action.PUBLISH]
+    assert life.reason is Reason.DETACHED
+
+
+def test_an_ending_that_is_under_way_cannot_be_left_by_letting_go():
+    life = life_in(State.RUNNING)
+    kill(life)
+    assert life.handle(Event.DETACHED) == []
+    assert life.state is State.STOPPING
 
 
 # -- the walk itself: with a defect in the table it has to fail

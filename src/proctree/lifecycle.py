@@ -79,6 +79,8 @@ class Event(enum.Enum):
     """One output stream reported its end and everything of it has been delivered."""
     DRAIN_DUE = "drain due"
     """The drain timer ran out."""
+    DETACHED = "detached"
+    """We let go of it: it lives on without us, as it was started to."""
     LOST = "warden lost"
     """What held the tree is gone, or not to be believed: `detail`."""
 
@@ -106,7 +108,8 @@ class Action(enum.Enum):
     RELEASE = "release"
     """Let go of what is left, unharmed."""
     DRAIN = "drain"
-    """The tree can write no more (True), or somebody still can (False)."""
+    """What it has written by now is all that is wanted (True), or somebody may still write to its
+    pipes (False)."""
     ARM_DRAIN = "arm drain timer"
     """Seconds."""
     CLOSE = "close"
@@ -380,6 +383,17 @@ def _successor_exited_running(life: Lifecycle, status: int | None) -> State:
     return life._stop()
 
 
+def _detached(life: Lifecycle) -> State:
+    life.reason = Reason.DETACHED
+    life._ask(Action.RELEASE)
+    if life.streams == 0:
+        return life._close()
+    # What it has written so far is delivered; what it writes from now on is for the next reader.
+    life._ask(Action.DRAIN, True)
+    life._ask(Action.ARM_DRAIN, life.drain_timeout)
+    return State.DRAINING
+
+
 def _empty(life: Lifecycle) -> State:
     life.empty = True
     life.survivors = ()
@@ -470,6 +484,7 @@ TABLE: dict[tuple[State, Event], Rule] = {
     (State.RUNNING, Event.MAIN_EXITED): _main_exited_running,
     (State.RUNNING, Event.SUCCEEDED): _succeeded,
     (State.RUNNING, Event.SUCCESSOR_EXITED): _successor_exited_running,
+    (State.RUNNING, Event.DETACHED): _detached,
     (State.RUNNING, Event.EMPTY): _empty,
     (State.RUNNING, Event.STREAM_ENDED): _stream_ended,
     (State.RUNNING, Event.LOST): _lost,

@@ -25,6 +25,8 @@ class Reason(enum.StrEnum):
     Those of a supervised child: `HEARTBEAT_REJECTED`: whom its heartbeat goes to does not want it
     any more. `HEARTBEAT_FAILED`: the heartbeat failed too often in a row. `WATCHDOG`: it did not
     say in time that it lives. `NOT_READY`: it was not ready in time.
+
+    Of a durable run: `DETACHED`: it was let go of, and lives on.
     """
 
     EXITED = "exited"
@@ -38,6 +40,7 @@ class Reason(enum.StrEnum):
     HEARTBEAT_FAILED = "heartbeat-failed"
     WATCHDOG = "watchdog"
     NOT_READY = "not-ready"
+    DETACHED = "detached"
 
 
 class Usage(NamedTuple):

@@ -126,6 +126,8 @@ class Tree:
         self._outcome: Outcome | None = None
         self.when_stopped: list[Callable[[int], None]] = []
         """Called on the loop's thread when the main process of a foreground job was stopped."""
+        self.when_closed: list[Callable[[], None]] = []
+        """Called on the loop's thread when everything of it has been given back."""
         self.observers: list[Callable[[Any], None]] = []
         """Called on the loop's thread with every event of this tree, after it was published: what
         comes of it is told after it."""
@@ -214,6 +216,10 @@ class Tree:
         self._loop = loop
         payload = {"reason": reason, "detail": detail, "policy": policy}
         loop.post(lambda: self.happened(Event.KILL, **payload, left=self._stage_left()))
+
+    def detach(self) -> None:
+        """Lets go of a tree that is kept; what is under way of its end goes on."""
+        self._loop.post(lambda: self.happened(Event.DETACHED))
 
     def signal(self, stage: Stage) -> None:
         self._loop.post(lambda: self._signal(stage))
@@ -353,6 +359,8 @@ class Tree:
         stopping = life.state is State.STOPPING or life.kill_pending
         if stopping and not self._told_stopping:
             self._told_stopping = True
+            if life.reason is not None and not life.main_exited:
+                self.contained.explain(life.reason, life.detail)
             self._emit(transitions.TreeStopping, name, pid, life.reason, life.detail)
         if life.state is State.DRAINING and before is not State.DRAINING:
             self._emit(transitions.TreeDraining, name)
@@ -432,6 +440,8 @@ class Tree:
             self._channel.close()
         if self._made:
             self.contained.close()
+        for callback in self.when_closed:
+            callback()
 
     def _publish(self, _nothing: None) -> None:
         ending = self.ending = self._make_ending()
