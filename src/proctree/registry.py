@@ -325,6 +325,41 @@ def _end(entry: Entry) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
     return tuple(ended.values()), tuple(survivors)
 
 
+def end_unheld(
+    *, boot: str, tree_id: str, name: str, containment: str, cgroup: str | None
+) -> tuple[Member, ...]:
+    """Ends what is left of one tree whose warden is known to be dead. Returns what survives that.
+
+    Raises:
+        OSError: descriptors or memory are short, so that it cannot be said who is there.
+    """
+    here, namespace = _this_machine()
+    if boot != here:
+        return ()  # nothing outlives a boot
+    entry = Entry(boot, namespace, tree_id, name, containment, None, None, cgroup)
+    folder = directory()
+    file = None if folder is None else path_of(folder, tree_id)
+    if file is not None:
+        # It knows the main process as well, and so its session.
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(file, encoding="ascii", errors="replace") as known,
+        ):
+            entry = parse(known.read())
+    ended, survivors = _end(entry)
+    if file is not None and not survivors:
+        forget(file)
+    if ended or survivors:
+        events.warning(
+            "registry.swept",
+            tree_id=tree_id,
+            name=name,
+            ended=len(ended),
+            survivors=len(survivors),
+        )
+    return survivors
+
+
 def _sweep_entry(path: str) -> Swept | None:
     with _locked(path) as text:
         if text is None:

@@ -14,7 +14,7 @@ from proctree.lifecycle import Event
 from proctree.loop import Loop
 from proctree.policy import KillPolicy, Stage
 from proctree.process import fds
-from proctree.records import Usage
+from proctree.records import Reason, Usage
 
 if TYPE_CHECKING:
     from proctree.containment.forking import Birth
@@ -76,6 +76,39 @@ class Source(Protocol):
         """Nobody waits for the answer any more."""
 
 
+class Keep(NamedTuple):
+    """What lets a tree live on without its supervisor. See docs/durable.md.
+
+    Attributes:
+        lock: an open file description that holds the key's lock; the warden keeps a copy of the
+            descriptor for as long as it lives.
+        run: a descriptor of the attempt's directory.
+        listen: a bound socket there, to which others connect.
+        lease_ms: how long the tree lives on when nobody is attached.
+        strict: the lease runs always, and is only renewed by KEEP.
+        end_leftovers: what the main process leaves behind is ended also when nobody owns the tree.
+    """
+
+    lock: int
+    run: int
+    listen: int
+    lease_ms: int
+    strict: bool = False
+    end_leftovers: bool = True
+
+    @property
+    def descriptors(self) -> tuple[int, int, int]:
+        """Those that the warden inherits, and nobody else."""
+        return self.lock, self.run, self.listen
+
+    def arguments(self) -> list[bytes]:
+        """For the warden."""
+        numbers = [b"lock=%d" % self.lock, b"run=%d" % self.run, b"listen=%d" % self.listen]
+        flags = [b"strict=1"] if self.strict else []
+        flags += [b"endleftovers=1"] if self.end_leftovers else []
+        return [*numbers, b"lease=%d" % self.lease_ms, *flags]
+
+
 class Wanted(NamedTuple):
     """What a tree needs of its containment.
 
@@ -84,12 +117,14 @@ class Wanted(NamedTuple):
         new_session: the main process leads a session of its own.
         limits: for its cgroup, or None.
         template: the process to fork it from, or None.
+        keep: what it needs to live on without us, or None.
     """
 
     leave: bool = False
     new_session: bool = True
     limits: Limits | None = None
     template: Source | None = None
+    keep: Keep | None = None
 
 
 MEMBERS_REPORTED = 1024
@@ -210,7 +245,14 @@ class Contained(abc.ABC):
 
     @abc.abstractmethod
     def send(self, stage: Stage, *, resume: bool) -> int:
-        """Signals the scope of a stage; `Owner.sent` reports under the number returned."""
+        """Signals the scope of a stage; `Owner.sent` reports under the number returned.
+
+        Args:
+            resume: it is a stage of an ending: SIGCONT follows, for members that are stopped.
+        """
+
+    def explain(self, reason: Reason, detail: str) -> None:  # noqa: B027 - most need not
+        """Before the first stage of an ending: why, for those who ask when we are gone."""
 
     @abc.abstractmethod
     def survey(self) -> None:

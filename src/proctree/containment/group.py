@@ -94,6 +94,8 @@ class GroupContained(Contained):
             return "a foreground job needs the warden, which takes the terminal back"
         if wanted.template is not None:
             return "a template forks wardens, and this is the backend without one"
+        if wanted.keep is not None:
+            return "a durable run lives on with its warden, and this is the backend without one"
         return super().unfit(wanted)
 
     # -- making it

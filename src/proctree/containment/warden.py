@@ -54,6 +54,9 @@ REAPER_PATIENCE = 1.0
 """Seconds until a warden is looked at again that another process reaps, and after which it is left
 to that."""
 
+COME_BACK_SECONDS = 10.0
+"""How long a warden that lives may take to answer before it counts as lost."""
+
 SAY_AGAIN_SECONDS = 0.02
 UNSAID_MAX = 256
 """How often a message that could not be sent is sent again, and how many wait at most."""
@@ -126,6 +129,12 @@ class WardenContained(Contained):
         self._said_empty = False
         self._released = False
         self._obeyed = False
+        self.owns = True
+        """Whether we may signal it: of a tree that is kept, one supervisor at a time."""
+        self.place = ""
+        """The directory of a tree that is kept: there its warden is reached again."""
+        self.when_owner: Callable[[], None] | None = None
+        """Called on the loop's thread when we have become the owner."""
         self._frozen = False
         self._thaw_serial = 0
         self._reaped = False
@@ -203,7 +212,19 @@ class WardenContained(Contained):
             arguments.append(b"keepsession=1")
         if command.attributes is not None and not command.is_forked:
             arguments += _attribute_arguments(command.attributes)
+        if self.wanted.keep is not None:
+            arguments += self.wanted.keep.arguments()
         return arguments + self._registry_arguments(command)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the tree lives on when we are gone."""
+        return self.wanted.keep is not None
+
+    @property
+    def _kept(self) -> tuple[int, ...]:
+        """Descriptors that are the warden's and not the tree's."""
+        return () if self.wanted.keep is None else self.wanted.keep.descriptors
 
     def _registry_arguments(self, command: Command) -> list[bytes]:
         folder = registry.directory()
@@ -220,7 +241,8 @@ class WardenContained(Contained):
         actions = [
             (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(stdio) if fd is not None
         ]
-        actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (control, *command.pass_fds)]
+        inherited = (control, *self._kept, *command.pass_fds)
+        actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited]
         # A foreground job's warden is in our session: in our group, the terminal's Ctrl-C would
         # reach it before it can ignore it.
         group = {} if command.new_session else {"setpgroup": 0}
@@ -247,12 +269,17 @@ class WardenContained(Contained):
         path = warden_path()
         # Nothing may interrupt the children before they have put their signals in order.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        for fd in self._kept:
+            fds.disown(fd)  # a fork closes what we own, and these are for the warden
         try:
             with step("fork"):
                 pid = os.fork()
             if pid == 0:
-                become_warden(birth, path, arguments, command, stdio, control, calls)
+                kept = self._kept
+                become_warden(birth, path, arguments, command, stdio, control, calls, kept)
         finally:
+            for fd in self._kept:
+                fds.own(fd)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
 
@@ -310,6 +337,9 @@ class WardenContained(Contained):
             return True
         if self._reaper_due is None or time.monotonic() < self._reaper_due:
             return False
+        return self._has_ended()
+
+    def _has_ended(self) -> bool:
         poller = select.poll()
         poller.register(self._pidfd, READ)
         return bool(poller.poll(0))
@@ -404,7 +434,15 @@ class WardenContained(Contained):
         self._said_empty = True
         self._when_reaped(lambda: self._owner.could_not_start(error, detail))
 
+    def _take_attached(self, message: Message) -> None:
+        owned = bool(message.flags & protocol.ATTACHED_OWNER)
+        became, self.owns = owned and not self.owns, owned
+        if became and self.when_owner is not None:
+            self.when_owner()
+
     def _take_exited(self, message: Message) -> None:
+        if self._main_exited:
+            return  # we have come back, and were told before
         status, some_left, *usage = message.values
         self.exit_usage = _usage(*usage)
         self._main_exited = True
@@ -462,6 +500,7 @@ class WardenContained(Contained):
     _TAKE: ClassVar[dict[Type, Callable[[Any, Message], None]]] = {
         Type.STARTED: _take_started,
         Type.EXEC_FAILED: _take_exec_failed,
+        Type.ATTACHED: _take_attached,
         Type.EXITED: _take_exited,
         Type.MEMBERS: _take_members,
         Type.SIGNALLED: _take_signalled,
@@ -476,8 +515,43 @@ class WardenContained(Contained):
         self._drop_control()
         if self._released:
             return  # its end is awaited
+        if self._keeps and not self._has_ended():
+            self._come_back(detail)
+            return
         self._lost = True
         self._owner.happened(Event.LOST, detail=detail)
+
+    def _come_back(self, detail: str) -> None:
+        """A warden that keeps its tree lets go of those who do not read for a while, as a process
+        does that is stopped or very busy."""
+        from proctree.containment.reaching import Link, reach
+        from proctree.worker import Worker
+
+        def work() -> None:
+            link: Link | None = None
+            try:
+                link = reach(self.place, own=True, timeout=COME_BACK_SECONDS)
+            except OSError as error:
+                number = errno_name(error.errno or 0)
+                events.warning("durable.disconnected", tree_id=self.tree_id, errno=number)
+            self._loop.post(lambda: back(link))
+
+        def back(link: Link | None) -> None:
+            if self._owner is NOBODY or self._lost or self._reaped:
+                if link is not None:
+                    link.close()
+                return
+            if link is None:
+                self._lost = True
+                self._owner.happened(Event.LOST, detail=detail)
+                return
+            fds.close(link.pidfd)
+            self._control = link.control
+            self.owns = link.owned
+            self._loop.register(link.control.fileno(), READ, self._readable)
+            self._say_all()
+
+        Worker().post(work)
 
     # -- the warden's own end
 
@@ -563,8 +637,17 @@ class WardenContained(Contained):
 
     def send(self, stage: Stage, *, resume: bool) -> int:
         serial = self._next_serial()
-        self._say(protocol.encode_signal(serial, stage, resume=resume))
+        self._say(protocol.encode_signal(serial, stage, resume=resume, ending=resume))
         return serial
+
+    def explain(self, reason: Reason, detail: str) -> None:
+        if self._keeps:
+            text = f"{reason}\0{detail}".encode("utf-8", "surrogateescape")
+            self._say(protocol.encode_note(text[: protocol.NOTE_MAX]))
+
+    def cancel(self) -> None:
+        """From any thread: asks the owner of a tree that is kept to end it."""
+        self._loop.post(lambda: self._say(protocol.encode_plain(Type.CANCEL, self._next_serial())))
 
     def survey(self) -> None:
         self._survey_serial = self._next_serial()
@@ -581,6 +664,9 @@ class WardenContained(Contained):
 
     def release(self) -> None:
         self._released = True
+        if self._keeps:
+            self._say(protocol.encode_plain(Type.DETACH, self._next_serial()))
+            return
         if self._entry is not None:
             # Before anybody can be told that they were let go: a sweep would end them if the warden
             # were killed now.
@@ -591,7 +677,7 @@ class WardenContained(Contained):
         """If it was killed before it could let go, then we do."""
         self._drop_control()
         self._reap_late()
-        if not self._obeyed:
+        if not self._obeyed and not self._keeps:
             from proctree.worker import Worker
 
             Worker().post(self._let_go)
@@ -625,9 +711,11 @@ class WardenContained(Contained):
 
         self._lost = True
         self._drop_control()
-        if self._template is not None and self._warden < 0:
-            # Should it come to be after all, it finds nobody at its socket and ends.
-            self._template.forget(self)
+        unborn = self._template is not None and self._warden < 0
+        if unborn or not self.owns:
+            if unborn and self._template is not None:
+                # Should it come to be after all, it finds nobody at its socket and ends.
+                self._template.forget(self)
             nobody: tuple[Member, ...] = ()
             self._loop.post(lambda: self._owner.happened(Event.SURVEYED, survivors=nobody))
             return

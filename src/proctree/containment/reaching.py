@@ -1,0 +1,133 @@
+"""Reaching the warden of a tree that somebody else started: over the socket in its run's directory.
+
+Who answers there is known for certain: listen(2) is the warden's call, and so SO_PEERCRED
+(unix(7)) names the warden, a pidfd of that number is opened, and what the warden answers to a
+question asked behind that proves that it has not been reaped meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+import time
+from typing import NamedTuple
+
+from proctree import protocol
+from proctree.errors import errno_name
+from proctree.process import fds
+from proctree.protocol import ProtocolError, Type
+
+SOCKET_NAME = "control"
+
+_UCRED = struct.Struct("=iII")
+_BUSY_SECONDS = 0.005
+
+
+class Link(NamedTuple):
+    """A connection to a warden, and who that is.
+
+    Attributes:
+        control: the socket; non-blocking. STARTED, and EXITED if it has, come next.
+        warden, pidfd: the warden.
+        owned: whether we are the owner now.
+        owner: the owner's pid, or 0.
+        ending: 0, or 1 + `recording.Cause` when the warden is ending the tree by itself.
+    """
+
+    control: socket.socket
+    warden: int
+    pidfd: int
+    owned: bool
+    owner: int
+    ending: int
+
+    def close(self) -> None:
+        """Gives both descriptors back."""
+        fds.close(self.pidfd)
+        fds.close(self.control.detach())
+
+
+def reach(place: str, *, own: bool, timeout: float) -> Link:
+    """Connects, and attaches. Blocks.
+
+    Args:
+        place: the directory of the attempt.
+        own: whether we want to be the owner, if there is none or when there is none any more.
+        timeout: seconds.
+
+    Raises:
+        ConnectionRefusedError, FileNotFoundError, ConnectionResetError, BrokenPipeError: nobody
+            listens there: the tree is not yet started, or has ended.
+        TimeoutError: who listens does not answer.
+        OSError: something else; `errno.EUSERS`: as many are attached as can be.
+    """
+    deadline = time.monotonic() + timeout
+    with fds.making():
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        control = socket.socket(fileno=fds.own(fds.above_stdio(control.detach())))
+    pidfd = -1
+    try:
+        _connect(control, place, deadline)
+        warden = _peer(control)
+        with fds.making():
+            pidfd = fds.own(os.pidfd_open(warden))
+        control.send(protocol.encode_attach(own=own))
+        flags, owner, ending = _answer(control, deadline)
+    except BaseException:
+        fds.close(control.detach())
+        if pidfd >= 0:
+            fds.close(pidfd)
+        raise
+    return Link(control, warden, pidfd, bool(flags & protocol.ATTACHED_OWNER), owner, ending)
+
+
+def _connect(control: socket.socket, place: str, deadline: float) -> None:
+    # By way of a descriptor of the directory: an address has room for 108 bytes only (unix(7)).
+    folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                control.connect(f"/proc/self/fd/{folder}/{SOCKET_NAME}")
+                return
+            except BlockingIOError:  # EAGAIN: as many wait there as may; nothing tells when not
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "too many wait to attach", place) from None
+                time.sleep(_BUSY_SECONDS)
+    finally:
+        os.close(folder)
+
+
+def _peer(control: socket.socket) -> int:
+    pid, uid, _gid = _UCRED.unpack(
+        control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    )
+    if uid not in (os.geteuid(), 0):
+        raise PermissionError(errno.EPERM, f"process {pid} of uid {uid} listens there, not ours")
+    if pid <= 0:
+        raise OSError(errno.ESRCH, "its warden lives in another PID namespace")
+    return int(pid)
+
+
+def _answer(control: socket.socket, deadline: float) -> tuple[int, int, int]:
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    left = deadline - time.monotonic()
+    if not poller.poll(max(0.0, left) * 1000):
+        raise TimeoutError(errno.ETIMEDOUT, "the warden does not answer")
+    data = control.recv(protocol.MAX_MESSAGE)
+    if not data:
+        raise ConnectionResetError(errno.ECONNRESET, "the warden has just ended")
+    try:
+        message = protocol.decode(data)
+    except ProtocolError as error:
+        raise OSError(errno.EPROTO, f"the warden sent garbage: {error}") from None
+    if message.type is Type.FAULT:
+        number, _step = message.values
+        raise OSError(number, f"the warden refused ({errno_name(number)})")
+    if message.type is not Type.ATTACHED:
+        raise OSError(errno.EPROTO, f"the warden sent {message.type.name} first")
+    owner, ending = message.values
+    return message.flags, owner, ending
