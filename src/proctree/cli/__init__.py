@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 USAGE = """\
 usage: proctree run [OPTIONS] -- COMMAND [ARGUMENT...]
+       proctree attach KEY
        proctree sweep
        proctree --version
 
-run    runs a command and ends its whole process tree with it; 'proctree run --help'
-sweep  ends the trees that an earlier crash of supervisor and helper left behind
+run     runs a command and ends its whole process tree with it; 'proctree run --help'
+attach  goes on with the output of a durable run, and waits for its end
+sweep   ends the trees that an earlier crash of supervisor and helper left behind
 """
 
 
@@ -25,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from proctree.cli import run
 
         return run.main(arguments[1:])
+    if arguments[:1] == ["attach"]:
+        from proctree.cli import durable
+
+        return durable.attach(arguments[1:])
     if arguments[:1] == ["sweep"]:
         from proctree.cli import sweep
 

@@ -82,9 +82,42 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--cpu-max", type=float, metavar="CPUS", help="limit of CPU time, as 1.5")
     parser.add_argument("--name", help="for ps and logs (default: the command's name)")
     parser.add_argument("--json", metavar="FILE", help="write how it ended to FILE")
+    _add_durable(parser)
     # Everything from the command on is the command's, whatever it looks like.
     parser.add_argument("command", nargs=REMAINDER, metavar="COMMAND")
     return parser
+
+
+def _add_durable(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--durable",
+        metavar="KEY",
+        help="a durable run: it outlives us, and who runs the same KEY again reconnects to it",
+    )
+    durable = parser.add_argument_group("with --durable")
+    durable.add_argument(
+        "--lease",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that it lives on without us (default: 60)",
+    )
+    durable.add_argument("--store", metavar="DIR", help="where its records are")
+    durable.add_argument(
+        "--allowed",
+        type=int,
+        action="append",
+        metavar="N",
+        help="an exit status that counts as finished; may be repeated (default: 0)",
+    )
+    durable.add_argument(
+        "--keep",
+        action="store_true",
+        help="a signal that ends us leaves it running instead of ending it",
+    )
+    durable.add_argument(
+        "--any-target", action="store_true", help="reconnect even if KEY had another command"
+    )
 
 
 def exit_status(ending: Ending) -> int:
@@ -171,6 +204,26 @@ def _supervise(handle: WatchedSubprocess, launched: Callable[[], None]) -> Endin
     return tree.ending
 
 
+def _durable(parser: ArgumentParser, options: Namespace, command: list[str]) -> int:
+    for name in ("pty", "foreground"):
+        if getattr(options, name):
+            parser.error(f"--{name}: a durable run outlives our terminal")
+    from proctree.cli import durable
+
+    status, outcome = durable.run(options, command, _options(options))
+    return _report(options, status, outcome)
+
+
+def _report(options: Namespace, status: int, outcome: Outcome | None) -> int:
+    if options.json and outcome is not None:
+        try:
+            _write_json(options.json, outcome)
+        except OSError as error:
+            _complain(f"--json {options.json}: {error.strerror}")
+            return EXIT_OURS
+    return status
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the subcommand; returns the exit status."""
     parser = _parser()
@@ -178,6 +231,8 @@ def main(arguments: Sequence[str]) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("no command was given")
+    if options.durable is not None:
+        return _durable(parser, options, command)
     try:
         handle = WatchedSubprocess(
             command,
@@ -209,10 +264,5 @@ def main(arguments: Sequence[str]) -> int:
         ended = handle._tree.ending
         if ended is None or ended.reason is not Reason.KILLED:
             _complain(str(error))
-    if options.json and handle.outcome is not None:
-        try:
-            _write_json(options.json, handle.outcome)
-        except OSError as error:
-            _complain(f"--json {options.json}: {error.strerror}")
-            return EXIT_OURS
-    return status
+    # Its Outcome is not even made unless somebody wants it.
+    return _report(options, status, handle.outcome if options.json else None)

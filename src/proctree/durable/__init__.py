@@ -1,1 +1,218 @@
-"""One tree per key, across crashes of its supervisor."""
+"""Durable runs: one tree per key, across crashes of its supervisor.
+
+    from proctree import durable
+
+    outcome = durable.run("nightly-2026-11-21", ["python", "train.py"], lease=600)
+
+If this process dies while the tree runs, the tree lives on for its lease. Who calls `run` with the
+same key then reconnects to it, goes on with its output where the last reader stopped, and gets its
+result. If it has ended meanwhile, the result is there. Only if it has failed or was lost, another
+attempt is made. At no time do two trees of one key run: that is held by a kernel lock, which the
+warden of the tree has for as long as the tree lives, and by no record that could be wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from proctree.command import StrPath, Target
+from proctree.durable import runs as _runs
+from proctree.durable.directory import FileStore
+from proctree.durable.errors import (
+    DifferentTarget,
+    DurableError,
+    LeaseLost,
+    NotOwner,
+    NotRunning,
+    StillRunning,
+    StoreUnusable,
+    UnknownKey,
+)
+from proctree.durable.keys import check_key
+from proctree.durable.listing import Listed, list_
+from proctree.durable.running import Run
+from proctree.durable.store import Attempt, Claim, Store
+from proctree.durable.wish import DEFAULT_LEASE, to_allowed, to_wish
+from proctree.outcome import Outcome
+from proctree.policy import to_seconds
+
+list = list_  # noqa: A001 - it is `durable.list`
+
+__all__ = [
+    "Attempt",
+    "Claim",
+    "DifferentTarget",
+    "DurableError",
+    "FileStore",
+    "LeaseLost",
+    "Listed",
+    "NotOwner",
+    "NotRunning",
+    "Run",
+    "StillRunning",
+    "Store",
+    "StoreUnusable",
+    "UnknownKey",
+    "attach",
+    "cancel",
+    "forget",
+    "list",
+    "run",
+    "start",
+]
+
+
+def _store(value: Any) -> FileStore:
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return FileStore(value)
+    if not isinstance(value, FileStore):
+        raise TypeError(f"store: a path or a store, not {value!r}")
+    return value
+
+
+def _retries(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"retries: a number, not {value!r}")
+    if value < 0:
+        raise ValueError(f"retries: must be 0 or more, not {value}")
+    return value
+
+
+def start(
+    key: str,
+    target: Target,
+    *,
+    allowed: Iterable[int] = (0,),
+    lease: float = DEFAULT_LEASE,
+    logs: Any = None,
+    store: StrPath | FileStore | None = None,
+    same_target: bool = True,
+    **options: Any,
+) -> Run:
+    """Starts a run, reconnects to it, or answers its recorded end. Returns when its main process
+    runs.
+
+    What is done depends on the last attempt of the key (`proctree.durable.table`): it runs:
+    reconnect; it has finished with an allowed exit status: its result; it has failed, was lost or
+    is unreadable: another attempt, and the earlier one is kept.
+
+    Args:
+        key: what makes a retry a retry of the same. Up to 4096 characters.
+        target: as for `WatchedSubprocess`: a command, a callable, or a `Function` without template.
+        allowed: the exit statuses that count as finished. Default (0,).
+        lease: seconds that the tree lives on when no supervisor is attached; then it is ended by
+            its kill policy. Default 60.
+        logs: what becomes of the output besides being kept in the files out.log and err.log: None
+            (default), `INHERIT`, `CAPTURE`, `Capture(...)`, `Lines(...)`, `Chunks(...)`,
+            `Log(...)` for both streams, or a pair of these. A supervisor that reconnects goes on
+            where the last one stopped.
+        store: where the records are: a directory or a `FileStore`. Default: that of this user,
+            `$XDG_STATE_HOME/proctree/durable`.
+        same_target: refuse a target other than that of the last attempt (another command or working
+            directory; the environment does not count). Default True.
+        options: of `WatchedSubprocess`: `timeout` (of the run, whoever supervises it), `kill`,
+            `cwd`, `env`, `stdin` (default `DEVNULL`), `stderr` (None, or `STDOUT` for one file),
+            `containment`, `name`, `leftovers` ("kill" or "wait"), `drain_timeout`, `attributes`,
+            `limits`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name. Nothing was touched.
+        DifferentTarget: see `same_target`.
+        StillRunning: something of this key runs and cannot be reached or ended.
+        StoreUnusable: the records cannot be read or written.
+        FileNotFoundError, PermissionError, OSError: the command could not be started.
+        ContainmentUnavailable: the containment cannot be had here.
+    """
+    options |= {"allowed": allowed, "lease": lease, "logs": logs, "same_target": same_target}
+    return _runs.begin(to_wish(key, target, **options), _store(store))
+
+
+def run(
+    key: str,
+    target: Target,
+    *,
+    retries: int = 0,
+    interrupted: str = "kill",
+    allowed: Iterable[int] = (0,),
+    store: StrPath | FileStore | None = None,
+    **options: Any,
+) -> Outcome:
+    """Has a run end, whoever started it, and answers how it did. Takes what `start` takes.
+
+    Args:
+        retries: how many more attempts this call makes when one fails. What was ended on purpose
+            (cancelled, killed) is not tried again. Default 0.
+        interrupted: what becomes of a run that we own when an exception comes while we wait for it
+            (KeyboardInterrupt, or what a signal handler raises): `"kill"` (default) or `"detach"`.
+            A run that another supervisor owns is never ended by that.
+
+    Raises:
+        What `start` raises.
+    """
+    if interrupted not in ("kill", "detach"):
+        raise ValueError(f"interrupted: 'kill' or 'detach', not {interrupted!r}")
+    left, statuses = _retries(retries), to_allowed(allowed)
+    where = _store(store)
+    while True:
+        handle = start(key, target, allowed=statuses, store=where, **options)
+        try:
+            outcome = handle.wait()
+        except BaseException:
+            if interrupted == "detach":
+                handle.detach()
+                handle.wait()
+            else:
+                handle._leave()
+            raise
+        assert outcome is not None
+        if left == 0 or not _runs.again(outcome, statuses):
+            return outcome
+        left -= 1
+
+
+def attach(key: str, *, logs: Any = None, store: StrPath | FileStore | None = None) -> Run:
+    """Reconnects to what runs under a key, or answers the recorded end of its last attempt. Never
+    starts anything. Who is attached keeps the run alive, and owns it if nobody else does.
+
+    Raises:
+        UnknownKey: nothing is recorded.
+        NotRunning: the last attempt was lost.
+        StillRunning: it runs and cannot be reached.
+        StoreUnusable: the records cannot be read.
+    """
+    return _runs.attach(key, logs, _store(store))
+
+
+def cancel(
+    key: str, *, timeout: float | None = None, store: StrPath | FileStore | None = None
+) -> Outcome | None:
+    """Asks the owner of what runs under a key to end it, or ends it where nobody owns it, and waits
+    for that.
+
+    Args:
+        timeout: seconds to wait; None waits as long as it takes.
+
+    Returns:
+        How it ended; None when nothing ran.
+
+    Raises:
+        UnknownKey: nothing is recorded.
+        TimeoutError: it has not ended in time; it is still being ended.
+        StillRunning: it runs and cannot be reached.
+        StoreUnusable: the records cannot be read.
+    """
+    seconds = None if timeout is None else to_seconds(timeout, "timeout")
+    return _runs.cancel(key, seconds, _store(store))
+
+
+def forget(key: str, *, store: StrPath | FileStore | None = None) -> None:
+    """Removes everything that is recorded of a key: its attempts, and their output.
+
+    Raises:
+        UnknownKey: nothing is recorded.
+        StillRunning: it runs: cancel it first.
+        StoreUnusable: the records cannot be removed.
+    """
+    _store(store).forget(check_key(key))

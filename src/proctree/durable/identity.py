@@ -157,7 +157,8 @@ class _Digests:
         reduced = special(value) if special is not None else value.__reduce_ex__(4)
         if isinstance(reduced, str):
             return "name", [f"{_name(type(value))}.{reduced}".encode()]
-        function, args, state, items, pairs = (*reduced[:5], *[None] * (5 - len(reduced[:5])))
+        known: list[Any] = list(reduced[:5])
+        function, args, state, items, pairs = known + [None] * (5 - len(known))
         return "object", [
             self.of(function),
             self.of(args),

@@ -107,12 +107,15 @@ class Request(NamedTuple):
         fields = decode("request", data)
         try:
             values = {
-                name: int(fields[name]) if kind == "int" else fields[name]
-                for name, kind in cls.__annotations__.items()
+                name: int(fields[name]) if name in _NUMBERS else fields[name]
+                for name in cls._fields
             }
         except (KeyError, ValueError) as error:
             raise Unreadable(f"a field is missing or wrong: {error}") from None
         return cls(**values)  # type: ignore[arg-type]
+
+
+_NUMBERS = frozenset({"pid_namespace", "supervisor", "requested"})
 
 
 class Cause(enum.IntEnum):
