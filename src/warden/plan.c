@@ -95,6 +95,7 @@ void owner_acts(struct warden *w, const union request *request)
         request->header.type == MESSAGE_SIGNAL && (request->signal.stage.flags & STAGE_ENDING);
     if (ends)
         cause_is(w, w->asked_due ? w->asked_cause : CAUSE_OWNER);
+    w->owner_ends |= ends;
     if (ends || !durable(w))
         w->asked_due = 0;
 }

@@ -83,8 +83,8 @@ static int closing(int fd, int error)
     return error;
 }
 
-/* What the tree has written must not be less durable than the news that it has ended. */
-static int sync_output(int run, const char *name)
+/* What there is of the run must not be less durable than the news that it has ended. */
+static int sync_file(int run, const char *name)
 {
     int fd = openat(run, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
@@ -92,13 +92,19 @@ static int sync_output(int run, const char *name)
     return closing(fd, fdatasync(fd) < 0 ? errno : 0);
 }
 
-/* `run` may be O_PATH, on which fsync(2) fails. */
-static int sync_directory(int run)
+/* The directory, and those above it up to the one that all keys share: nobody has synced them when
+ * the attempt began, since a machine that crashes takes the tree along (directory.py).  `run` may be
+ * O_PATH, on which fsync(2) fails. */
+static int sync_directories(int run)
 {
-    int fd = openat(run, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0)
-        return errno;
-    return closing(fd, fsync(fd) < 0 ? errno : 0);
+    static const char *const paths[] = {".", "..", "../..", "../../.."};
+    int error = 0;
+    for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++) {
+        int fd = openat(run, paths[i], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        int failed = fd < 0 ? errno : closing(fd, fsync(fd) < 0 ? errno : 0);
+        error = error ? error : failed;
+    }
+    return error;
 }
 
 static int write_whole(int fd, const char *text, size_t size)
@@ -126,7 +132,7 @@ static int write_record(int run, const char *text, size_t size)
     closing(fd, 0);
     if (!error && renameat(run, "exit~", run, "exit") < 0)
         error = errno;
-    return error ? error : sync_directory(run);
+    return error ? error : sync_directories(run);
 }
 
 static void tell_trouble(struct warden *w, int error)
@@ -143,8 +149,9 @@ static void write_down(struct warden *w, const struct record *record)
     const int run = w->options.run;
     const size_t size = record_format(text, record);
     /* Whatever becomes of the output, how the tree ended is known. */
-    tell_trouble(w, sync_output(run, "out.log"));
-    tell_trouble(w, sync_output(run, "err.log"));
+    tell_trouble(w, sync_file(run, "out.log"));
+    tell_trouble(w, sync_file(run, "err.log"));
+    tell_trouble(w, sync_file(run, "request"));
     tell_trouble(w, write_record(run, text, size));
     unlinkat(run, "control", 0); /* nobody will listen there any more */
 }

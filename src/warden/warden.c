@@ -60,7 +60,10 @@ static enum verdict supervisor_lost(struct warden *w)
         return plan_begin(w, CAUSE_LEASE);
     if (w->cause != CAUSE_OWNER) /* it is about an ending that this one has not begun */
         w->note.length = 0;
-    return attached_promote(w) ? GO_ON : plan_leftovers(w);
+    const bool owned = attached_promote(w);
+    if (w->owner_ends) /* what it has begun is carried through, whoever comes next */
+        return plan_begin(w, w->cause);
+    return owned ? GO_ON : plan_leftovers(w);
 }
 
 /* ---- What the supervisor says ---- */

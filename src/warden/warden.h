@@ -144,6 +144,7 @@ struct warden {
     uint32_t plan_count;
     uint32_t plan_next;
     bool plan_running;
+    bool owner_ends; /* it has begun to end the tree */
     int64_t plan_due; /* CLOCK_MONOTONIC in ms; 0: no timer */
     int64_t asked_due;
     enum cause asked_cause;

@@ -194,7 +194,7 @@ class FileStore(Store):
             # What was just there is gone when the key is forgotten at this moment.
             with contextlib.suppress(FileNotFoundError):
                 with step("make", place.path, absent=True):
-                    _make(place.path)
+                    private.make(place.path)  # synced by `_name`, or by the warden
                 with step("lock", place.lock, absent=True):
                     return _open_lock(place.lock)
             # It is not that when the whole store has gone.
@@ -308,7 +308,7 @@ class FileClaim(Claim):
     def _set_up(self) -> None:
         folders.write_key(self.place)
         with step("make", self.place.attempts):
-            _make(self.place.attempts)
+            private.make(self.place.attempts)
         # Of those who were killed while they began.
         for path in folders.listed(self.place).beginnings:
             with step("remove", path):
@@ -359,6 +359,11 @@ class FileClaim(Claim):
     def prepare(self, request: Request) -> Prepared:
         """As `begin`, for a tree: with files for its output and a socket for its warden.
 
+        It is there after any crash of ours, and nothing has waited for the disk: a machine that
+        crashes takes the tree along, and then an attempt of which nothing is known, or nothing that
+        can be read, is followed by another one just as one that was lost. When a tree has ended,
+        its warden syncs all of it (record.c), before anybody is told.
+
         Raises:
             StoreUnusable: it could not be recorded.
         """
@@ -378,8 +383,9 @@ class FileClaim(Claim):
                 run = _open_directory(new)
                 _fill(run, request, tree)
                 sock = meeting.bind(run) if tree else None
-                files.sync_directory(run)
-            self._name(new, path)
+                if not tree:
+                    files.sync_directory(run)
+            self._name(new, path, sync=not tree)
         except BaseException:
             if run >= 0:
                 fds.close(run)
@@ -390,11 +396,15 @@ class FileClaim(Claim):
             raise
         return Attempt(number, request, place=path), run, sock
 
-    def _name(self, new: str, path: str) -> None:
+    def _name(self, new: str, path: str, *, sync: bool) -> None:
         with step("begin", path):
             os.rename(new, path)
+            if not sync:
+                return
             try:
-                files.sync(self.place.attempts)
+                store = os.path.dirname(self.place.path)
+                for directory in (self.place.attempts, self.place.path, store):
+                    files.sync(directory)
             except BaseException:
                 # It may be gone after a crash: then nobody may have seen it as begun.
                 os.rename(path, new)
@@ -444,8 +454,8 @@ def _open_directory(path: str) -> int:
 
 
 def _fill(directory: int, request: Request, tree: bool) -> None:
-    files.write(directory, folders.REQUEST, request.encode())
-    files.make_room(directory, folders.EXIT)
+    files.write(directory, folders.REQUEST, request.encode(), sync=not tree)
+    files.make_room(directory, folders.EXIT, sync=not tree)
     if tree:
         files.make_empty(directory, folders.OUT)
         files.make_empty(directory, folders.ERR)

@@ -99,8 +99,8 @@ def _create(name: str, directory: int) -> int:
     return os.open(name, flags, 0o600, dir_fd=directory)
 
 
-def write(directory: int, name: str, data: bytes) -> None:
-    """Writes a file, whole or not at all, and for good. Raises OSError."""
+def write(directory: int, name: str, data: bytes, *, sync: bool = True) -> None:
+    """Writes a file, whole or not at all, and with `sync` for good. Raises OSError."""
     # Without O_TRUNC, which would give back the room that was taken for it.
     fd = _create(name + "~", directory)
     try:
@@ -108,14 +108,16 @@ def write(directory: int, name: str, data: bytes) -> None:
         while done < len(data):
             done += os.pwrite(fd, data[done:], done)
         os.ftruncate(fd, len(data))
-        os.fsync(fd)
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(name + "~", name, src_dir_fd=directory, dst_dir_fd=directory)
-    sync_directory(directory)
+    if sync:
+        sync_directory(directory)
 
 
-def make_room(directory: int, name: str) -> None:
+def make_room(directory: int, name: str, *, sync: bool = True) -> None:
     """Takes the room on the disk that a `write` of this name will need. Raises OSError."""
     fd = _create(name + "~", directory)
     try:
@@ -126,7 +128,8 @@ def make_room(directory: int, name: str) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
             os.pwrite(fd, bytes(ROOM), 0)
-        os.fsync(fd)
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
