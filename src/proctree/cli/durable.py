@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from proctree import durable
+from proctree.durable import FileStore, runs
+from proctree.durable.wish import to_wish
 from proctree.errors import ProctreeError
 from proctree.policy import KillPolicy
 from proctree.records import Reason
@@ -99,13 +101,13 @@ def run(
     options: Namespace, command: list[str], special: dict[str, Any]
 ) -> tuple[int, Outcome | None]:
     """`proctree run --durable`; returns the exit status, and how it ended."""
-    return _wait_for(
-        lambda: durable.start(
+
+    def begin() -> Run:
+        wish = to_wish(
             options.durable,
             command,
             allowed=options.allowed or (0,),
             lease=options.lease,
-            store=options.store,
             same_target=not options.any_target,
             logs=Stdio.INHERIT,
             timeout=options.timeout,
@@ -114,10 +116,10 @@ def run(
             leftovers=options.leftovers,
             name=options.name,
             **special,
-        ),
-        options.keep,
-        "proctree run",
-    )
+        )
+        return runs.begin(wish._replace(keep=options.keep), FileStore(options.store))
+
+    return _wait_for(begin, options.keep, "proctree run")
 
 
 def attach(arguments: Sequence[str]) -> int:

@@ -156,7 +156,8 @@ def run(
     left, statuses = _retries(retries), to_allowed(allowed)
     where = _store(store)
     while True:
-        handle = start(key, target, allowed=statuses, store=where, **options)
+        wish = to_wish(key, target, allowed=statuses, **options)
+        handle = _runs.begin(wish._replace(keep=interrupted == "detach"), where)
         try:
             outcome = handle.wait()
         except BaseException:

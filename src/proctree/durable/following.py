@@ -99,7 +99,8 @@ def to_logs(logs: Any, merged: bool = False) -> dict[str, Any]:
     return {name: each for name, each in zip(STREAMS, pair, strict=True) if each is not None}
 
 
-def _to_stdin(value: Any) -> Any:
+def to_stdin(value: Any) -> Any:
+    """Raises TypeError, ValueError: naming `stdin`."""
     value = to_input(value)
     if value is Stdio.INHERIT:
         raise ValueError(
@@ -241,7 +242,7 @@ class Followed:
         merged: bool = False,
         cursor: bool = True,
     ) -> None:
-        self._stdin = _to_stdin(stdin) if writes else None
+        self._stdin = to_stdin(stdin) if writes else None
         self._wanted = to_logs(logs, merged)
         self._place = place
         self._child_writes = writes

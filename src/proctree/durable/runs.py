@@ -208,7 +208,7 @@ def _start(claim: FileClaim, wish: Wish, store: FileStore) -> Run:
         run = Run(wish.key, attempt, request, reconnected=False, store=store)
         live = run._live = Live(tree, contained, followed, wish.timeout, wish.leftovers)
         try:
-            _launch(tree)
+            _launch(tree, keep=wish.keep)
         except BaseException:
             _record_failure(claim, attempt, tree)
             raise
@@ -252,14 +252,18 @@ def _make_tree(
     )
 
 
-def _launch(tree: _tree.Tree) -> None:
-    """As `WatchedSubprocess.launch`."""
+def _launch(tree: _tree.Tree, *, keep: bool) -> None:
+    """As `WatchedSubprocess.launch`; but with `keep` an interrupt lets go of what was started."""
     loop = _loop.get()
     try:
         tree.launch(loop)
         tree.started.wait()
     except BaseException:
-        tree.kill(loop, Reason.KILLED, "interrupted", None)
+        if keep:
+            tree.started.wait()
+            tree.detach()
+        else:
+            tree.kill(loop, Reason.KILLED, "interrupted", None)
         tree.closed.wait()
         raise
     if tree.start_error is not None:
@@ -273,7 +277,7 @@ def _record_failure(claim: FileClaim, attempt: Attempt, tree: _tree.Tree) -> Non
     """If not even a warden could be made, who records what a warden would have."""
     error = tree.start_error
     number = error.errno if isinstance(error, OSError) and error.errno else 0
-    if tree.contained.pid is None and claim.attempts()[-1].exit is None:
+    if error is not None and tree.contained.pid is None and claim.attempts()[-1].exit is None:
         claim.finish(attempt, Exit(None, Cause.NOT_STARTED, error=number))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proctree import command as _command
 from proctree.command import Command, StrPath, Target
-from proctree.durable.following import to_logs
+from proctree.durable.following import to_logs, to_stdin
 from proctree.durable.identity import fingerprint
 from proctree.durable.keys import check_key
 from proctree.policy import KillPolicy, Leftovers, to_leftovers, to_policy, to_seconds
@@ -43,6 +43,9 @@ class Wish(NamedTuple):
     containment: str
     limits: Limits | None
     same_target: bool
+    keep: bool = False
+    """Whether an exception that comes before there is a handle lets go of what was started, and
+    does not end it."""
 
 
 def to_allowed(value: Any) -> frozenset[int]:
@@ -131,7 +134,7 @@ def to_wish(
         allowed=to_allowed(allowed),
         lease=to_lease(lease),
         logs=logs,
-        stdin=Stdio.DEVNULL if stdin is None else stdin,
+        stdin=to_stdin(Stdio.DEVNULL if stdin is None else stdin),
         merged=merged,
         kill=to_policy(kill, "kill"),
         leftovers=leave,
