@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from proctree.records import Reason, Usage
+from proctree.records import Usage
 
 VERSION = 1
 
@@ -138,7 +138,8 @@ class Exit(NamedTuple):
     Attributes:
         status: the wait status of the main process; None if it has none.
         cause: why it ended.
-        note: for `Cause.OWNER`: "reason\\0detail", as `note` makes it; of a job what `poll` said.
+        note: for `Cause.OWNER`: "reason\\0detail", as its containment sends it; of a job what `poll`
+            said.
         error, step: for `Cause.NOT_STARTED`: errno, and the number of the step (protocol.STEPS).
         pid: of the main process, or 0.
         duration: seconds.
@@ -207,12 +208,3 @@ class Exit(NamedTuple):
             )
         except (KeyError, ValueError) as error:
             raise Unreadable(f"a field is missing or wrong: {error}") from None
-
-
-NOTE_MAX = 236
-"""Bytes that a note may have: protocol.h, PROTOCOL_NOTE_MAX."""
-
-
-def note(reason: Reason, detail: str) -> bytes:
-    """What the owner has the warden write down when it ends the tree."""
-    return f"{reason}\0{detail}".encode("utf-8", "surrogateescape")[:NOTE_MAX]
