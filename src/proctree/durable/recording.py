@@ -138,8 +138,8 @@ class Exit(NamedTuple):
     Attributes:
         status: the wait status of the main process; None if it has none.
         cause: why it ended.
-        note: for `Cause.OWNER`: "reason\\0detail", as its containment sends it; of a job what `poll`
-            said.
+        note: for `Cause.OWNER`: "reason\\0detail", as its containment sends it; of a job, what
+            `poll` said.
         error, step: for `Cause.NOT_STARTED`: errno, and the number of the step (protocol.STEPS).
         pid: of the main process, or 0.
         duration: seconds.
