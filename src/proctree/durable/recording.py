@@ -67,6 +67,10 @@ def decode(kind: str, data: bytes) -> dict[str, str]:
         raise Unreadable(f"not a record: {error}") from None
 
 
+_NUMBERS = frozenset({"pid_namespace", "supervisor", "requested"})
+"""The fields of a request that are numbers."""
+
+
 class Request(NamedTuple):
     """What was asked for: written before anything is started or submitted.
 
