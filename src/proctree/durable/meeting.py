@@ -25,12 +25,10 @@ def _address(directory: int) -> str:
 
 def _socket() -> socket.socket:
     with fds.making():
-        fd = fds.above_stdio(
-            socket.socket(
-                socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-            ).detach()
-        )
-        return socket.socket(fileno=fds.own(fd))
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock = socket.socket(fileno=fds.own(fds.above_stdio(made.detach())))
+    sock.setblocking(False)
+    return sock
 
 
 def bind(directory: int) -> socket.socket:
