@@ -63,6 +63,95 @@ class Calls:
         return counted
 
 
+class Unsynced:
+    """What a loss of power would take, in this process and from now on: files written to, and
+    directories whose names were changed, since they were last synced (fsync(2)).
+
+    Attributes:
+        paths: of what would be lost now.
+        named: what got a name, or another one, before it was synced itself.
+    """
+
+    def __init__(self) -> None:
+        self._dirty: dict[tuple[int, int], str] = {}
+        self.named: list[str] = []
+        for name in ("open", "pwrite", "ftruncate", "fsync", "rename", "mkdir"):
+            setattr(os, name, getattr(self, f"_{name}")(getattr(os, name)))
+        os.posix_fallocate = self._pwrite(os.posix_fallocate)  # type: ignore[assignment]
+        socket.socket.bind = self._bind(socket.socket.bind)  # type: ignore
+
+    @property
+    def paths(self) -> list[str]:
+        return sorted(self._dirty.values())
+
+    @staticmethod
+    def _id(file: int | str) -> tuple[int, int]:
+        info = os.stat(file)
+        return info.st_dev, info.st_ino
+
+    def _touch(self, file: int | str) -> None:
+        path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file
+        self._dirty[self._id(file)] = path
+
+    def _touch_parent(self, path: str, directory: int | None) -> None:
+        self._touch(directory if directory is not None else os.path.dirname(path))
+
+    def _open(self, call: Any) -> Any:
+        def opened(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+            creates = flags & os.O_CREAT
+            there = creates and os.access(path, os.F_OK, dir_fd=dir_fd)
+            fd: int = call(path, flags, mode, dir_fd=dir_fd)
+            if creates and not there:
+                self._touch_parent(path, dir_fd)
+            return fd
+
+        return opened
+
+    def _pwrite(self, call: Any) -> Any:
+        def written(fd: int, *args: Any) -> Any:
+            result = call(fd, *args)
+            self._touch(fd)
+            return result
+
+        return written
+
+    _ftruncate = _pwrite
+
+    def _fsync(self, call: Any) -> Any:
+        def synced(fd: int) -> None:
+            call(fd)
+            self._dirty.pop(self._id(fd), None)
+
+        return synced
+
+    def _mkdir(self, call: Any) -> Any:
+        def made(path: str, mode: int = 0o777) -> None:
+            call(path, mode)
+            self._touch_parent(path, None)
+
+        return made
+
+    def _rename(self, call: Any) -> Any:
+        def renamed(
+            old: str, new: str, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
+        ) -> None:
+            info = os.stat(old, dir_fd=src_dir_fd)
+            if (info.st_dev, info.st_ino) in self._dirty:
+                self.named.append(new)
+            call(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+            self._touch_parent(old, src_dir_fd)
+            self._touch_parent(new, dst_dir_fd)
+
+        return renamed
+
+    def _bind(self, call: Any) -> Any:
+        def bound(sock: socket.socket, address: str) -> None:
+            call(sock, address)
+            self._touch_parent(address, None)
+
+        return bound
+
+
 class Child:
     """A fork of this process that runs `function(say)`. What it says is heard here, whatever then
     becomes of it."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from integration.dying import Calls, Child, Death
+from integration.dying import Calls, Child, Death, Unsynced
 from proctree.durable import folders
 from proctree.durable.directory import FileStore
 from proctree.durable.errors import UnknownKey
@@ -221,3 +221,28 @@ def test_killed_at_every_call(name, folder):
             met.add(now)
             go_on(store, state)
     assert met == set(range(len(scenario.states))), "the deaths were not everywhere"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_what_is_promised_is_on_the_disk(name, folder):
+    """The power fails right after it was said."""
+    scenario = SCENARIOS[name]
+    store = FileStore(folder / "above" / "store")
+    scenario.before(store)
+
+    def traced(say: Say) -> None:
+        unsynced = Unsynced()
+        promises = 0
+
+        def promised(what: str) -> None:
+            nonlocal promises
+            promises += 1
+            assert unsynced.paths == [], f"{what}, and this is not on the disk"
+            assert unsynced.named == [], f"{what}, and this got its name before it was"
+
+        scenario.act(store, promised)
+        say(str(promises))
+
+    status, said = Child(traced).end()
+    assert status == 0
+    assert said == [str(len(scenario.promised))]
