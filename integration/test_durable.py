@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import proctree
+from integration import strace
 from integration.conftest import (
     DEADLINE,
     QUICK,
@@ -507,6 +508,29 @@ def test_an_ending_that_a_dead_owner_has_begun_is_carried_through(
     assert attempt.exit is not None
     assert attempt.exit.cause is Cause.OWNER
     end(run)
+
+
+def test_all_of_a_run_is_on_the_disk_before_anybody_is_told_of_its_end(
+    store: FileStore, job: Job, tmp_path: Path
+) -> None:
+    run = durable.start("key", job.command, store=store, containment="warden")
+    log = tmp_path / "strace"
+    with strace.attached(warden_of(run.pid or 0), log, "fsync,fdatasync,renameat,sendto", None):
+        job.let_go()
+        assert run.wait(DEADLINE) is not None
+        eventually(lambda: "+++ exited" in log.read_text(), "the warden has ended")
+    calls = log.read_text().splitlines()
+    place = Path(run.place)
+    renamed = next(n for n, call in enumerate(calls) if call.startswith("renameat"))
+    told = max(n for n, call in enumerate(calls) if call.startswith("sendto"))
+
+    def synced(path: Path) -> int:
+        return next(n for n, call in enumerate(calls) if "sync(" in call and f"<{path}>" in call)
+
+    for name in ("out.log", "err.log", "request", "exit~"):
+        assert synced(place / name) < renamed
+    for directory in (place, place.parent, place.parent.parent, place.parent.parent.parent):
+        assert renamed < synced(directory) < told
 
 
 # -- what its main process leaves behind

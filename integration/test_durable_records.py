@@ -22,6 +22,9 @@ from proctree.durable.recording import Exit, Request
 KEY = "long " * 100
 """So long that its directory's name does not say it."""
 
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Thousands of fsync(2) are waited for here, of which a disk would make something."""
+
 Say = Callable[[str], None]
 
 
@@ -154,7 +157,7 @@ SCENARIOS = {
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="proctree-durable-"))
+    path = Path(tempfile.mkdtemp(prefix="proctree-durable-", dir=MEMORY))
     yield path
     shutil.rmtree(path)
 
@@ -223,9 +226,10 @@ def test_killed_at_every_call(name, folder):
     assert met == set(range(len(scenario.states))), "the deaths were not everywhere"
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "tree"])
 def test_what_is_promised_is_on_the_disk(name, folder):
-    """The power fails right after it was said."""
+    """The power fails right after it was said. Of a tree nothing is promised before it has ended,
+    and then its warden syncs: test_durable.py."""
     scenario = SCENARIOS[name]
     store = FileStore(folder / "above" / "store")
     scenario.before(store)
