@@ -12,8 +12,11 @@
 
 static int set_timer(const struct warden *w)
 {
-    const long ms = w->options.lease;
-    struct itimerspec to = {.it_value = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000}};
+    const uint32_t ms = w->lease_ms;
+    struct itimerspec to = {.it_value = {
+                                .tv_sec = (time_t)(ms / 1000),
+                                .tv_nsec = (long)(ms % 1000) * 1000000,
+                            }};
     if (ms == 0) /* all zero disarms it (timerfd_settime(2)) */
         to.it_value.tv_nsec = 1;
     return timerfd_settime(w->lease_timer, 0, &to, NULL);
@@ -21,6 +24,7 @@ static int set_timer(const struct warden *w)
 
 struct failure lease_prepare(struct warden *w)
 {
+    w->lease_ms = (uint32_t)w->options.lease;
     if (!w->options.strict)
         return (struct failure){0, 0};
     w->lease_timer = lift(timerfd_create(CLOCK_BOOTTIME, TFD_CLOEXEC | TFD_NONBLOCK));
@@ -29,7 +33,7 @@ struct failure lease_prepare(struct warden *w)
 
 void lease_keep(struct warden *w, uint32_t lease_ms)
 {
-    w->options.lease = (long)lease_ms;
+    w->lease_ms = lease_ms;
     if (w->options.strict && set_timer(w) < 0)
         send_failure(w, MESSAGE_FAULT, failed(STEP_LEASE));
 }
@@ -49,5 +53,5 @@ void lease_follow(struct warden *w)
     if (w->plan_running || attached_any(w))
         w->lease_due = 0;
     else if (!w->lease_due)
-        w->lease_due = now_ms() + w->options.lease;
+        w->lease_due = now_ms() + w->lease_ms;
 }

@@ -129,7 +129,7 @@ static bool valid_durable(const struct options *options)
                              options->strict || options->end_leftovers))
         return false;
     return inherited(options->lock) && inherited(options->run) && inherited(options->listen) &&
-           options->lease >= 0 && options->lease <= (long)UINT32_MAX;
+           options->lease >= 0 && (unsigned long)options->lease <= UINT32_MAX;
 }
 
 bool parse_arguments(struct options *options, char **argv)

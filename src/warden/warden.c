@@ -616,7 +616,9 @@ static int supervise(struct warden *w, char **argv)
 
 int main(int argc, char **argv)
 {
+    static struct peer watchers[WATCHERS_MAX];
     static struct warden warden = {
+        .watchers = watchers,
         .control = -1,
         .supervisor = -1,
         .signals = -1,

@@ -129,8 +129,10 @@ struct warden {
     uint64_t reaped;
 
     /* What a durable warden knows besides. */
+    struct peer *watchers; /* WATCHERS_MAX of them, in pages that no other warden touches */
     uint64_t waits; /* the last that was given out */
     int64_t listen_due;
+    uint32_t lease_ms;
     int lease_timer; /* of a strict lease; else 0 */
     int64_t lease_due;
     int64_t started_ms; /* CLOCK_BOOTTIME */
@@ -165,9 +167,6 @@ struct warden {
     bool skip_killed; /* a walk that need not look below them */
     struct cached cache[CACHE_SIZE];
     unsigned cache_next;
-
-    /* Last, so that a warden that is not durable never touches it. */
-    struct peer watchers[WATCHERS_MAX];
 };
 
 /* Where something failed, for a message; all zero: nowhere. */
