@@ -28,7 +28,7 @@ RUN = {
 PROGRAMS: dict[str, list[str]] = {
     "attributes": [],
     "cgroup": ["write_text"],
-    "channel": ["poll"],
+    "channel": ["clock_gettime", "poll"],
     "numbers": [],
     "options": [],
     "processes": ["openat"],

@@ -5,6 +5,8 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/timerfd.h>
+#include <time.h>
 
 #include "check.h"
 #include "processes.h"
@@ -20,9 +22,27 @@ static unsigned waits;
 int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout);
 
+/* Instead of waiting: time goes on by as much as it would have taken. */
+static int64_t passed;
+static int last_timeout;
+
+int __wrap_clock_gettime(clockid_t clock, struct timespec *out);
+
+int __wrap_clock_gettime(clockid_t clock, struct timespec *out)
+{
+    CHECK(clock == CLOCK_MONOTONIC);
+    *out = (struct timespec){.tv_sec = 1000 + passed / 1000, .tv_nsec = passed % 1000 * 1000000};
+    return 0;
+}
+
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout)
 {
     waits++;
+    last_timeout = timeout;
+    if (timeout > 0) {
+        passed += timeout;
+        timeout = 0;
+    }
     if (when_waiting)
         when_waiting();
     return __real_poll(fds, count, timeout);
@@ -180,6 +200,76 @@ static void one_that_closes_and_does_not_read(void)
     disconnect();
 }
 
+/* ---- The owner of a durable tree ---- */
+
+static uint32_t owner_that_is_full(void)
+{
+    connect_pair();
+    warden.options.run = 3;
+    passed = 0;
+    return fill_up();
+}
+
+static bool connection_has_ended(void)
+{
+    char message[16];
+    ssize_t got;
+    do
+        got = recv(peer, message, sizeof message, MSG_DONTWAIT);
+    while (got > 0);
+    return got == 0;
+}
+
+static void an_owner_that_does_not_read(void)
+{
+    owner_that_is_full();
+    say(1);
+    CHECK(waits == 1 && passed == 2000);
+    say(2); /* it has had its time */
+    CHECK(waits == 1 && passed == 2000);
+    CHECK(connection_has_ended());
+    disconnect();
+}
+
+static void an_owner_that_reads_late(void)
+{
+    filled = owner_that_is_full();
+    when_waiting = read_all;
+    say(7);
+    when_waiting = NULL;
+    CHECK(waits == 1 && heard(7) && !connection_has_ended());
+    disconnect();
+}
+
+static void an_owner_whose_lease_runs_out_meanwhile(void)
+{
+    owner_that_is_full();
+    warden.lease_timer = timerfd_create(CLOCK_BOOTTIME, TFD_CLOEXEC | TFD_NONBLOCK);
+    struct itimerspec now = {.it_value = {.tv_nsec = 1}};
+    CHECK(timerfd_settime(warden.lease_timer, 0, &now, NULL) == 0);
+    struct pollfd fd = {.fd = warden.lease_timer, .events = POLLIN};
+    CHECK(__real_poll(&fd, 1, 10000) == 1);
+    say(1);
+    CHECK(waits == 1 && connection_has_ended());
+    CHECK(lease_ran_out(&warden)); /* that is left for the loop to read */
+    close(warden.lease_timer);
+    disconnect();
+}
+
+/* Without a durable run there is nobody else, and no limit. */
+static void a_supervisor_has_its_time(void)
+{
+    connect_pair();
+    warden.lease_timer = 0;
+    filled = fill_up();
+    when_waiting = read_all;
+    passed = 0;
+    say(9);
+    when_waiting = NULL;
+    CHECK(waits == 1 && passed == 0 && last_timeout == -1 && heard(9));
+    disconnect();
+}
+
 int main(void)
 {
     const unsigned before = open_descriptors();
@@ -189,6 +279,10 @@ int main(void)
     one_that_reads_late();
     one_that_dies_and_does_not_read();
     one_that_closes_and_does_not_read();
+    an_owner_that_does_not_read();
+    an_owner_that_reads_late();
+    an_owner_whose_lease_runs_out_meanwhile();
+    a_supervisor_has_its_time();
     CHECK(open_descriptors() == before);
     printf("%u\n", checks);
     return 0;

@@ -6,7 +6,7 @@
 #include "check.h"
 #include "warden.h"
 
-#define ARGUMENTS_MAX 40
+#define ARGUMENTS_MAX 48
 
 /* Copies of the texts, since options point into them and some are written to. */
 static char *arguments[ARGUMENTS_MAX + 1];
@@ -41,6 +41,8 @@ static void the_least(void)
     CHECK(!options.scan && !options.pid_namespace && !options.be_init);
     CHECK(!options.keep_session && !options.terminal && !options.spare && options.watch == -1);
     CHECK(!options.cwd && !options.pass && !options.cgroup && !options.entry && !options.record);
+    CHECK(options.lock == -1 && options.run == -1 && options.listen == -1);
+    CHECK(options.lease == 0 && !options.strict && !options.end_leftovers);
     for (size_t i = 0; i < LIMITS_MAX; i++)
         CHECK(!options.limits[i]);
     CHECK(memcmp(&options.attributes, &none, sizeof none) == 0);
@@ -55,7 +57,10 @@ static void everything(void)
                 "limit=b,2", "limit=c,3", "limit=d,4", "pidns=1", "init=9", "initpid=77", "entry=/e",
                 "record=r\nr", "spare=1", "watch=8", "keepsession=1", "terminal=1", "umask=18", "nice=-5", "ionice=16388",
                 "oom=-1000", "uid=4294967294", "gid=0", "groups=", "affinity=0,2", "rlimit=7,1,2",
-                "nonewprivs=1", "--", "a", "--", "b=c"));
+                "nonewprivs=1", "lock=11", "run=12", "listen=13", "lease=60000", "strict=1",
+                "endleftovers=1", "--", "a", "--", "b=c"));
+    CHECK(options.lock == 11 && options.run == 12 && options.listen == 13);
+    CHECK(options.lease == 60000 && options.strict && options.end_leftovers);
     CHECK(options.adopt == 5 && options.scan && options.pid_namespace);
     CHECK(strcmp(options.cwd, "/a=b") == 0 && strcmp(options.pass, "3,4") == 0);
     CHECK(strcmp(options.cgroup, "/c") == 0);
@@ -119,6 +124,26 @@ static void numbers_out_of_range(void)
     CHECK(PARSE(COMMAND, "nice=-0", "--", "true") && options.attributes.nice == 0);
 }
 
+/* What belongs to a durable run, without one or with descriptors that cannot be meant. */
+static void durable_runs(void)
+{
+    static const char *const alone[] = {"lock=4", "listen=4", "lease=1", "strict=1",
+                                        "endleftovers=1"};
+    static const char *const wrong[] = {
+        "run=0",    "run=2",           "run=-1",   "lock=0",   "lock=2",     "listen=1",
+        "lease=-1", "lease=4294967296", "strict=0", "lease=1s", "endleftovers=",
+    };
+    for (size_t i = 0; i < sizeof alone / sizeof alone[0]; i++) {
+        CHECK(!PARSE(COMMAND, alone[i], "--", "true"));
+        CHECK(PARSE(COMMAND, alone[i], "run=3", "--", "true"));
+    }
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++)
+        CHECK(!PARSE(COMMAND, "run=3", wrong[i], "--", "true"));
+    CHECK(PARSE(COMMAND, "run=3", "--", "true") && options.run == 3 && options.listen == -1);
+    CHECK(PARSE(COMMAND, "run=3", "lease=4294967295", "--", "true"));
+    CHECK(options.lease == 4294967295);
+}
+
 static void more_than_there_is_room_for(void)
 {
     CHECK(PARSE(COMMAND, "limit=1", "limit=2", "limit=3", "limit=4", "--", "true"));
@@ -170,6 +195,7 @@ int main(void)
     what_is_missing();
     what_is_not_understood();
     numbers_out_of_range();
+    durable_runs();
     more_than_there_is_room_for();
     lists();
     CHECK(!parse(&options, (const char *const[]){NULL})); /* gives the copies back */

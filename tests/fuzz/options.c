@@ -39,6 +39,11 @@ static void check_accepted(const struct arguments *a, const struct options *o)
     REQUIRE(o->control > 2 && o->supervisor >= 0 && o->adopt >= 0);
     REQUIRE(o->proc >= -1 && o->init >= -1 && o->init_pid >= 0);
     REQUIRE(o->be_init || (o->supervisor > 0 && (o->adopt > 0 || o->argv[0])));
+    REQUIRE(o->lock == -1 || o->lock > 2);
+    REQUIRE(o->run == -1 || o->run > 2);
+    REQUIRE(o->listen == -1 || o->listen > 2);
+    REQUIRE(o->lease >= 0 && o->lease <= 0xffffffffl);
+    REQUIRE(o->run > 2 || (o->lock < 0 && o->listen < 0 && !o->lease && !o->strict));
     check_text(a, o->cwd);
     check_text(a, o->pass);
     check_text(a, o->cgroup);
@@ -128,6 +133,8 @@ static void written(const uint8_t *data, size_t size)
     struct options o;
     const int control = take_int(&input, 3), supervisor = take_int(&input, 1);
     const int adopt = which & 1 ? take_int(&input, 1) : 0, init = take_int(&input, 0);
+    const int run = take_int(&input, 3), listen = take_int(&input, 3);
+    const long lease = (long)take(&input, 4);
     const long nice = (long)take(&input, 8), uid = (long)take(&input, 4);
 
     writer.size = 0;
@@ -151,6 +158,12 @@ static void written(const uint8_t *data, size_t size)
         add_number(&writer, "uid=", uid);
     if (which & 128)
         add(&writer, "groups=", take_text(&input, groups));
+    const bool durable = which & (1u << 31);
+    if (durable) {
+        add_number(&writer, "listen=", listen);
+        add_number(&writer, "lease=", lease);
+        add_number(&writer, "run=", run);
+    }
     const size_t limit_count = (which >> 8) % (LIMITS_MAX + 1);
     for (size_t i = 0; i < limit_count; i++)
         add(&writer, "limit=", take_text(&input, limits[i]));
@@ -170,6 +183,8 @@ static void written(const uint8_t *data, size_t size)
         REQUIRE(which & 2 ? same(o.cwd, cwd) : !o.cwd);
         REQUIRE(which & 4 ? same(o.pass, pass) : !o.pass);
         REQUIRE(o.scan == !!(which & 8));
+        REQUIRE(o.run == (durable ? run : -1) && o.listen == (durable ? listen : -1));
+        REQUIRE(o.lease == (durable ? lease : 0));
         REQUIRE(o.init == (which & 16 ? init : -1));
         REQUIRE(o.attributes.set_nice == !!(which & 32) && o.attributes.nice == (which & 32 ? nice : 0));
         REQUIRE(o.attributes.set_uid == !!(which & 64) && o.attributes.uid == (which & 64 ? uid : 0));
