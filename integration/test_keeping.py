@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from integration.conftest import DEADLINE, available, eventually, is_alive, living, start_supervisor
 from integration.fault_tools import Helper
 from integration.keepers import LONG, Client, Run
 from proctree import Reason, protocol
-from proctree.durable import recording
 from proctree.durable.recording import Cause, Exit
 from proctree.policy import Stage
 from proctree.process import proof
@@ -729,7 +730,7 @@ def test_an_owner_that_does_not_read_is_dropped(run: Run, heir: bool) -> None:
 def test_the_owner_ends_it_and_says_why(run: Run, gate: Gate) -> None:
     owner = run.start(waits(gate))
     run.main()
-    for text in (b"never mind", recording.note(Reason.KILLED, "after 3 s \xe9")):
+    for text in (b"never mind", f"{Reason.KILLED}\0after 3 s \xe9".encode()):
         owner.send(protocol.encode_note(text))
     owner.signal(signal.SIGTERM, ending=True)
     owner.until(Type.EMPTY)
@@ -766,7 +767,7 @@ def test_why_an_owner_ends_it_is_not_why_another_one_does(run: Run, gate: Gate) 
 
 
 def test_the_first_reason_counts(run: Run, actors: str) -> None:
-    """An owner begins to end it and dies; what comes then does not change why it ends."""
+    """An owner begins to end it; what comes then does not change why it ends."""
     owner = run.start([actors, "ignore"], lease=0)
     run.main()
     eventually(lambda: (run.attempt / "out.log").read_text() != "", "it ignores SIGTERM")
@@ -774,13 +775,24 @@ def test_the_first_reason_counts(run: Run, actors: str) -> None:
     owner.send(protocol.encode_note(b"first"))
     owner.signal(signal.SIGTERM, ending=True)
     owner.until(Type.SIGNALLED)
-    owner.close()
-    heir.until(Type.ATTACHED)
-    heir.send(protocol.encode_note(b"second"))
+    owner.send(protocol.encode_note(b"second"))
     heir.plain(Type.CANCEL)
-    heir.until(Type.ASKED)
-    heir.signal(signal.SIGKILL, ending=True)
+    owner.until(Type.ASKED)
+    owner.signal(signal.SIGKILL, ending=True)
     assert run.wait()[:3] == (signal.SIGKILL, Cause.OWNER, "first")
+
+
+def test_what_an_owner_has_begun_to_end_ends_without_it(run: Run, gate: Gate) -> None:
+    """Whoever comes next."""
+    owner = run.start(waits(gate))
+    run.main()
+    heir = run.attached(own=True)
+    owner.send(protocol.encode_note(b"first"))
+    owner.signal(signal.SIGCONT, ending=True)
+    owner.close()
+    told = heir.until(Type.ATTACHED)
+    assert (told.flags, heir.until(Type.EMPTY).type) == (protocol.ATTACHED_OWNER, Type.EMPTY)
+    assert run.wait()[:3] == (signal.SIGTERM, Cause.OWNER, "first")
 
 
 def test_cancel_asks_the_owner(run: Run, gate: Gate) -> None:
@@ -907,6 +919,27 @@ def test_the_warden_closes_what_those_had_who_have_gone(run: Run, gate: Gate) ->
     assert opened() == before
     gate.open()
     run.wait()
+
+
+@pytest.mark.not_with("valgrind", "valgrind keeps descriptors of its own")
+def test_a_warden_without_a_descriptor_left_accepts_later(run: Run, gate: Gate) -> None:
+    """And rests meanwhile, though somebody waits at its door all the time."""
+    run.start(waits(gate))
+    run.main()
+    ending(run.attached())
+    _, hard = resource.prlimit(run.warden, resource.RLIMIT_NOFILE)
+    resource.prlimit(run.warden, resource.RLIMIT_NOFILE, (4, hard))
+    client = run.connect()
+    client.send(protocol.encode_attach(False))
+    before = psutil.Process(run.warden).cpu_times()
+    time.sleep(0.5)  # the span that is measured
+    after = psutil.Process(run.warden).cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.25
+    assert client.silent()
+    resource.prlimit(run.warden, resource.RLIMIT_NOFILE, (hard, hard))
+    assert client.until(Type.ATTACHED).values == (os.getpid(), 0)
+    gate.open()
+    assert run.wait().returncode == 3
 
 
 def test_a_durable_warden_to_which_nobody_can_attach(run: Run, gate: Gate) -> None:

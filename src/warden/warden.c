@@ -617,20 +617,12 @@ static int supervise(struct warden *w, char **argv)
 int main(int argc, char **argv)
 {
     static struct peer watchers[WATCHERS_MAX];
-    static struct warden warden = {
-        .watchers = watchers,
-        .control = -1,
-        .supervisor = -1,
-        .signals = -1,
-        .proc = -1,
-        .leaf = -1,
-        .leaf_events = -1,
-        .init_link = -1,
-        .entry = -1,
-        .terminal = -1,
-    };
+    static struct warden warden; /* all zero, so that it takes no page of its own beside the rest */
     struct warden *w = &warden;
 
+    w->control = w->supervisor = w->signals = w->proc = -1;
+    w->leaf = w->leaf_events = w->init_link = w->entry = w->terminal = -1;
+    w->watchers = watchers;
     if (argc < 1 || !parse_arguments(&w->options, argv)) {
         static const char text[] = "proctree-warden: started by proctree, not by hand\n";
         return write(2, text, sizeof text - 1) < 0 ? 1 : 2;
