@@ -57,7 +57,7 @@ def stored(place: str) -> dict[str, int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            data = os.read(fd, SIZE + 1)
+            data = os.read(fd, SIZE)  # more than that no cursor has
         finally:
             os.close(fd)
         return decode(data) if data else dict.fromkeys(STREAMS, 0)

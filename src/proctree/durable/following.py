@@ -204,13 +204,17 @@ def _open_log(place: str, name: str) -> int | None:
         if stat.S_ISREG(os.fstat(fd).st_mode):
             return fds.own(fds.above_stdio(fd))
         os.close(fd)
-        why = "not a regular file"
     except OSError as error:
         if error.errno == errno.ENOENT and name == "stderr":
             return None  # it went where stdout goes
-        why = errno_name(error.errno or 0)
-    events.warning("durable.unreadable_output", path=path, errno=why)
+        _unreadable(path, error)
+        return None
+    events.warning("durable.unreadable_output", path=path, errno="not a regular file")
     return None
+
+
+def _unreadable(path: str, error: OSError) -> None:
+    events.warning("durable.unreadable_output", path=path, errno=errno_name(error.errno or 0))
 
 
 class Followed:
@@ -446,6 +450,8 @@ def _deliver_one(place: str, name: str, wanted: Any, tree: _Ended, cursor: Curso
                 _read_all(fd, 0, lambda data: sink.feed(memoryview(data)))
             elif delivery is not None:
                 _deliver_rest(place, fd, name, delivery, cursor, tree)
+        except OSError as error:
+            _unreadable(os.path.join(place, FILES[name]), error)
         finally:
             fds.close(fd)
     return (None, None) if sink is None else sink.result()
