@@ -18,6 +18,7 @@ class Attempt(NamedTuple):
         exit: how it ended; None when that is not recorded.
         trouble: why something of it is unreadable, or "".
         place: where its output is: the directory with out.log and err.log, or "".
+        cancelled: of a job: somebody wants it to be cancelled (`Store.ask_cancel`).
     """
 
     number: int
@@ -26,6 +27,7 @@ class Attempt(NamedTuple):
     exit: Exit | None = None
     trouble: str = ""
     place: str = ""
+    cancelled: bool = False
 
 
 class Claim(abc.ABC):
@@ -73,6 +75,16 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def attempts(self, key: str) -> list[Attempt]:
         """What is recorded of a key, oldest first; read without claiming it."""
+
+    @abc.abstractmethod
+    def ask_cancel(self, key: str, number: int) -> None:
+        """Writes down that an attempt of a job is to be cancelled, for whoever has the key now or
+        later: needs no claim, and is allowed twice.
+
+        Raises:
+            UnknownKey: there is no such attempt.
+            StoreUnusable: it could not be recorded.
+        """
 
     @abc.abstractmethod
     def claimed(self, key: str) -> bool:
