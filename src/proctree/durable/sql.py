@@ -33,8 +33,7 @@ from proctree.process import proof
 
 try:
     import sqlalchemy as sa
-    import sqlalchemy.exc
-    import sqlalchemy.pool
+    from sqlalchemy import exc, pool
 except ImportError as error:
     raise ImportError(
         "SqlStore needs SQLAlchemy: pip install 'proctree-supervisor[sql]'", name="sqlalchemy"
@@ -352,7 +351,7 @@ class SqlStore(Store):
 
         try:
             return self._transact("insert the key", insert)
-        except sa.exc.IntegrityError:
+        except exc.IntegrityError:
             return 0  # somebody else was faster
 
     def _take(self, run: str, row: Any, here: _Here) -> int:
@@ -395,9 +394,9 @@ class SqlStore(Store):
             try:
                 self._transact("create the tables", _metadata.create_all)
                 break
-            except (sa.exc.IntegrityError, StoreUnusable) as error:
+            except (exc.IntegrityError, StoreUnusable) as error:
                 cause = error.__cause__ if isinstance(error, StoreUnusable) else error
-                raced = isinstance(cause, (sa.exc.IntegrityError, sa.exc.ProgrammingError))
+                raced = isinstance(cause, (exc.IntegrityError, exc.ProgrammingError))
                 if not raced or not left:
                     raise self._unusable("create the tables", error) from error
         self._made = True
@@ -414,9 +413,9 @@ class SqlStore(Store):
             try:
                 with self._begin() as connection:
                     return work(connection)
-            except sa.exc.IntegrityError:
+            except exc.IntegrityError:
                 raise
-            except sa.exc.SQLAlchemyError as error:
+            except exc.SQLAlchemyError as error:
                 if not _is_conflict(error) or time.monotonic() >= deadline:
                     raise self._unusable(step, error) from error
             # Not both again at the same moment.
@@ -464,7 +463,7 @@ def _engine(url: str | sa.URL | sa.Engine, lease: float) -> sa.Engine:
 def _new_engine(url: str | sa.URL, lease: float) -> sa.Engine:
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except exc.ArgumentError:
         # Without what it says: the text may hold a password.
         raise ValueError("url: not a URL of SQLAlchemy, as sqlite:////path/of/file") from None
     options: dict[str, Any] = {}
@@ -483,13 +482,13 @@ def _new_engine(url: str | sa.URL, lease: float) -> sa.Engine:
     try:
         # A connection for each transaction: none is inherited by a fork between them, and none is
         # found to be dead when the server has been restarted.
-        return sa.create_engine(parsed, poolclass=sa.pool.NullPool, connect_args=options)
+        return sa.create_engine(parsed, poolclass=pool.NullPool, connect_args=options)
     except ImportError as error:
         raise StoreUnusable(
             f"store {_public(parsed)}: {error}: install the driver, as psycopg[binary] for "
             "postgresql+psycopg://"
         ) from error
-    except sa.exc.NoSuchModuleError as error:
+    except exc.NoSuchModuleError as error:
         raise ValueError(f"url: {error}") from None
 
 
@@ -633,7 +632,7 @@ class SqlClaim(Claim):
                 thread.join(CLOSING_SECONDS)
         try:
             self._store._transact("give the key back", self._give_back)
-        except (StoreUnusable, sa.exc.IntegrityError) as error:
+        except (StoreUnusable, exc.IntegrityError) as error:
             # It is free when its lease has run out.
             events.warning("durable.not_released", key=self.key, error=str(error))
 
@@ -678,7 +677,7 @@ class SqlClaim(Claim):
 
         try:
             mine, result = self._store._transact(step, guarded)
-        except sa.exc.IntegrityError as error:
+        except exc.IntegrityError as error:
             raise self._store._unusable(step, error) from error
         if not mine:
             self._lose("another supervisor has taken over")
@@ -703,7 +702,7 @@ class SqlClaim(Claim):
             sent = boottime()
             try:
                 mine = self._store._transact("renew the lease", self._count_up)
-            except (StoreUnusable, sa.exc.IntegrityError) as error:
+            except (StoreUnusable, exc.IntegrityError) as error:
                 events.warning("durable.not_renewed", key=self.key, error=str(error))
                 delay = self._store.lease / (10 * RENEWALS)
                 continue
