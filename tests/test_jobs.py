@@ -263,7 +263,7 @@ def test_another_job_under_the_same_key(store: MemoryStore) -> None:
     cluster = Cluster(0)
     run_job(KEY, cluster.job(fingerprint="image 1"), store=store)
     other = cluster.job(fingerprint="image 2")
-    with pytest.raises(DifferentTarget, match="'nightly'.*'report'.*forget"):
+    with pytest.raises(DifferentTarget, match=r"'nightly'.*'report'.*forget"):
         run_job(KEY, other, store=store)
     assert run_job(KEY, other, store=store, same_target=False).ok
     assert cluster.calls == ["submit", "poll"]

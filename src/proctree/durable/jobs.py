@@ -384,20 +384,19 @@ class _Supervision:
         view = self._view(attempts)
         step = jobplan.next_step(view)
         if step is Step.BEGIN:
-            return self._begin(view)
+            self._begin(view)
+            return None
         if step is Step.WATCH:
-            return self._wait(min(self._job.every, WATCH_SECONDS))
+            self._wait(min(self._job.every, WATCH_SECONDS))
+            return None
         last = attempts[-1]
         if step is Step.REFUSE:
             raise self._different(last)
         if step is Step.RESULT:
             assert last.exit is not None
             return _outcome(last, last.exit)
-        if step is Step.SUBMIT:
-            return self._submit(last)
-        if step is Step.FIND:
-            return self._find(last)
-        return self._poll(last)
+        {Step.SUBMIT: self._submit, Step.FIND: self._find, Step.POLL: self._poll}[step](last)
+        return None
 
     # -- what is done
 

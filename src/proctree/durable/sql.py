@@ -328,7 +328,7 @@ class SqlStore(Store):
         self._observed.move_to_end(run)
         while len(self._observed) > OBSERVED_MAX:
             self._observed.popitem(last=False)
-        return now - seen.since >= row.lease
+        return bool(now - seen.since >= row.lease)
 
     def _values(self, token: int, here: _Here) -> dict[str, Any]:
         return {
@@ -469,7 +469,7 @@ def _new_engine(url: str | sa.URL, lease: float) -> sa.Engine:
     options: dict[str, Any] = {}
     if parsed.get_backend_name() == "sqlite":
         options["timeout"] = BUSY_SECONDS
-    elif parsed.get_driver_name() in ("psycopg", "psycopg2"):
+    elif parsed.get_backend_name() == "postgresql" and parsed.get_driver_name().startswith("psyc"):
         # Parameters of libpq. Without them a server that has vanished is waited for by the hour.
         wanted = {
             "connect_timeout": int(min(10, max(2, lease / RENEWALS))),
