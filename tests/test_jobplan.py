@@ -20,9 +20,10 @@ from proctree.durable.jobplan import (
     next_step,
     wait_status,
 )
-from proctree.durable.recording import NOTE_MAX, Cause, Exit, Request
+from proctree.durable.recording import Cause, Exit, Request
 from proctree.durable.store import Attempt
 from proctree.durable.table import Found
+from proctree.protocol import NOTE_MAX
 
 REQUEST = Request("k", "t", "f", "0" * 16, "job", "b", 1, "h", 2, 3)
 

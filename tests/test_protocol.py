@@ -178,7 +178,7 @@ def test_limits(c):
     assert c["MEMBERS_MORE"] == protocol.MEMBERS_MORE
     assert c["ATTACH_OWN"] == protocol.ATTACH_OWN
     assert c["ATTACHED_OWNER"] == protocol.ATTACHED_OWNER
-    assert c["PROTOCOL_NOTE_MAX"] == protocol.NOTE_MAX == recording.NOTE_MAX
+    assert c["PROTOCOL_NOTE_MAX"] == protocol.NOTE_MAX
 
 
 READ_PLAN = """

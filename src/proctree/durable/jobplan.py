@@ -18,9 +18,10 @@ import enum
 from collections.abc import Collection
 from typing import NamedTuple
 
-from proctree.durable.recording import NOTE_MAX, Cause, Exit
+from proctree.durable.recording import Cause, Exit
 from proctree.durable.store import Attempt
 from proctree.durable.table import Decision, Found, decide, judge
+from proctree.protocol import NOTE_MAX
 
 
 class Status(enum.Enum):
