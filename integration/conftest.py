@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 import proctree
-from integration import wardens
+from integration import databases, wardens
+from integration import nursery as nurseries
 from proctree.containment import NAMES, choose
 from proctree.containment.warden import WARDEN_VARIABLE
 from proctree.process import proof
@@ -123,6 +124,20 @@ def actors() -> Iterator[str]:
     )
     yield path
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[databases.Server | None]:
+    """A PostgreSQL server, or None where it is not installed."""
+    with databases.postgresql() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[nurseries.Nursery]:
+    """Where Python processes come from."""
+    with nurseries.running() as running:
+        yield running
 
 
 def available(containment: str) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 
 START_SECONDS = 60.0
@@ -111,6 +112,12 @@ class Server:
             f"host={self._folder} user=proctree dbname=postgres", autocommit=True
         ) as connection:
             connection.execute(statement)  # type: ignore[arg-type]
+
+    def new_database(self) -> str:
+        """The name of an empty one."""
+        name = f"test_{uuid.uuid4().hex}"
+        self.execute(f"CREATE DATABASE {name}")
+        return name
 
     def crash(self) -> None:
         """As `pg_ctl stop -m immediate`: nobody is told, and the next start recovers."""

@@ -68,6 +68,8 @@ def main() -> None:
     holder = Holder(url, key, float(lease))
     say("ready")
     for line in sys.stdin:
+        if not line.strip():
+            continue
         try:
             say(holder.do(*line.split()))
         except LeaseLost:

@@ -18,8 +18,9 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from integration.conftest import DEADLINE, HERE
+from integration.conftest import DEADLINE, HERE, eventually, is_alive
 from integration.databases import Server, postgresql
+from integration.nursery import Forked, Nursery
 from integration.sql_holder import request
 from proctree.durable import sql
 from proctree.durable.errors import LeaseLost, StillRunning, StoreUnusable, UnknownKey
@@ -33,12 +34,6 @@ SHORT = 1.5
 ID = "0123456789abcdef"
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server | None]:
-    with postgresql() as running:
-        yield running
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, server: Server | None, tmp_path: Path) -> str:
     """Of an empty database."""
@@ -46,66 +41,23 @@ def url(request: pytest.FixtureRequest, server: Server | None, tmp_path: Path) -
         return f"sqlite:///{tmp_path}/records"
     if server is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    database = f"test_{uuid.uuid4().hex}"
-    server.execute(f"CREATE DATABASE {database}")
-    return server.url(database)
+    return server.url(server.new_database())
 
 
-class Process:
-    """A sql_holder.py."""
-
-    def __init__(
-        self, url: str, key: str, lease: float = LONG, *, prefix: tuple[str, ...] = ()
-    ) -> None:
-        self.popen = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "integration.sql_holder", url, key, str(lease)],
-            cwd=HERE.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def tell(self, *words: object) -> None:
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(" ".join(str(word) for word in words) + "\n")
-        self.popen.stdin.flush()
-
-    def hear(self) -> str:
-        assert self.popen.stdout is not None
-        return self.popen.stdout.readline().rstrip("\n")
-
-    def ask(self, *words: object) -> str:
-        self.tell(*words)
-        return self.hear()
-
-    def pid(self) -> int:
-        """Not that of unshare(1), which forks."""
-        children = psutil.Process(self.popen.pid).children(recursive=True)
-        return children[-1].pid if children else self.popen.pid
-
-    def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            os.kill(self.pid(), signal.SIGKILL)
-        self.popen.kill()
-        self.popen.communicate()
-
-
-Start = Callable[..., Process]
+Start = Callable[..., Forked]
 
 
 @pytest.fixture
-def start(url: str) -> Iterator[Start]:
-    """Starts holders, that are ready when it returns them."""
-    started: list[Process] = []
+def start(url: str, nursery: Nursery) -> Iterator[Start]:
+    """Starts holders (sql_holder.py), that are ready when it returns them."""
+    started: list[Forked] = []
 
-    def one(*args: object, number: int = 1, **options: object) -> Process | list[Process]:
-        new = [Process(url, *args, **options) for _ in range(number)]  # type: ignore[arg-type]
-        started.extend(new)
-        for process in new:
-            assert process.hear() == "ready"
-        return new if number > 1 else new[0]
+    def one(key: str, lease: float = LONG) -> Forked:
+        started.append(nursery.start("integration.sql_holder", url, key, str(lease)))
+        assert started[-1].hear() == "ready"
+        return started[-1]
 
-    yield one  # type: ignore[misc]
+    yield one
     for process in started:
         process.end()
 
@@ -132,7 +84,7 @@ def contend(store: SqlStore, key: str) -> SqlClaim:
 
 
 def test_what_is_recorded_is_read_again(url: str) -> None:
-    store, key = SqlStore(url), "odd \0 key \udcff ü " + "x" * 5000
+    store, key = SqlStore(url), "odd \n key \udcff ü " + "x" * 4000
     asked = request(key, "job", ID)
     with claimed(store, key) as claim:
         assert claim.attempts() == []
@@ -208,17 +160,17 @@ def test_what_is_unreadable_is_listed(url: str) -> None:
 def test_eight_contend(url: str, start: Start) -> None:
     """Each of them gets it, one at a time: had two it at once, their attempts would be fenced or
     have the same number. The tables are made by all of them at once."""
-    processes: list[Process] = start("k", number=8)  # type: ignore[assignment]
+    processes = [start("k") for _ in range(8)]
     for process in processes:
         process.tell("contend")
     numbers = []
-    waiting = {process.popen.stdout: process for process in processes}
+    waiting = {process.stream: process for process in processes}
     while waiting:
         ready, _, _ = select.select(list(waiting), [], [], DEADLINE)
         assert len(ready) == 1, "none, or two at once"
         process = waiting.pop(ready[0])
         assert process.hear() == "claimed"
-        assert process.ask("begin", "tree", f"{process.popen.pid:016x}").startswith("begun")
+        assert process.ask("begin", "tree", f"{process.pid:016x}").startswith("begun")
         numbers.append(SqlStore(url).attempts("k")[-1].number)
         assert process.ask("finish", 0) == "finished"
         assert process.ask("release") == "released"
@@ -259,8 +211,8 @@ def test_a_holder_that_was_killed(url: str, start: Start) -> None:
             assert holder.ask("begin", kind, ID) == "begun 1"
         assert store.claim(key) is None
         assert store.claimed(key)
-        holder.popen.kill()
-        holder.popen.wait()
+        holder.kill()
+        holder.wait()
         assert not store.claimed(key)
         claim = store.claim(key)
         assert (claim is not None) is free, kind
@@ -274,8 +226,9 @@ def test_a_holder_that_was_killed(url: str, start: Start) -> None:
 def test_a_holder_that_is_a_zombie_is_dead(url: str, start: Start) -> None:
     holder = start("k")
     assert holder.ask("claim") == "claimed"
-    os.kill(holder.popen.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, holder.popen.pid, os.WEXITED | os.WNOWAIT)
+    holder.kill()
+    assert holder.hear() == ""  # and nobody has waited for it
+    eventually(lambda: not is_alive(holder.pid), "it is a zombie")
     with claimed(SqlStore(url), "k"):
         pass
 
@@ -298,8 +251,8 @@ def test_a_number_from_elsewhere_says_nothing(url: str, start: Start, column: st
     engine = sa.create_engine(url, poolclass=sa.NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql(f"UPDATE proctree_runs SET {column} = '4711'")
-    holder.popen.kill()
-    holder.popen.wait()
+    holder.kill()
+    holder.wait()
     assert SqlStore(url).claim("k") is None
 
 
@@ -333,14 +286,14 @@ def test_a_holder_that_was_stopped(url: str, start: Start) -> None:
     holder = start("k", SHORT)
     assert holder.ask("claim") == "claimed"
     assert holder.ask("begin", "tree", ID) == "begun 1"
-    os.kill(holder.popen.pid, signal.SIGSTOP)
+    holder.signal(signal.SIGSTOP)
     stopped = boottime()
     store = SqlStore(url)
     claim = contend(store, "k")
     # By its own lease and not by ours; and we saw nothing of it before it was stopped.
     assert boottime() - stopped >= SHORT
     try:
-        os.kill(holder.popen.pid, signal.SIGCONT)
+        holder.signal(signal.SIGCONT)
         holder.tell("finish", 0)
         assert sorted((holder.hear(), holder.hear())) == ["LeaseLost", "lost"]
         assert holder.ask("begin", "tree", ID[::-1]) == "LeaseLost"
@@ -386,28 +339,57 @@ def test_a_renewal_finds_out(url: str) -> None:
         other.release()
 
 
-def test_clocks_are_not_compared(url: str, start: Start) -> None:
-    """The holder's is days ahead, and its wall clock says nothing: it is neither taken for dead
-    because its start time looks different from here, nor kept longer than its lease."""
-    check = subprocess.run(["unshare", "-T", "--boottime", "1", "true"], capture_output=True)
+SHIFT = 1_000_000
+
+
+@pytest.fixture
+def elsewhere(url: str) -> Iterator[subprocess.Popen[str]]:
+    """A holder whose clocks are days ahead."""
+    shift = ["unshare", "-T", "--boottime", str(SHIFT), "--monotonic", str(SHIFT)]
+    check = subprocess.run([*shift, "true"], capture_output=True, text=True)
     if check.returncode != 0:
-        pytest.skip(f"no time namespaces: {check.stderr.decode().strip()}")
-    shift = 1_000_000
-    prefix = ("unshare", "-T", "--boottime", str(shift), "--monotonic", str(shift))
-    holder = start("k", SHORT, prefix=prefix)
-    assert abs(int(holder.ask("clock")) - boottime()) > shift / 2
-    assert holder.ask("claim") == "claimed"
+        pytest.skip(f"no time namespaces: {check.stderr.strip()}")
+    holder = [sys.executable, "-m", "integration.sql_holder", url, "k", str(SHORT)]
+    process = subprocess.Popen(
+        [*shift, *holder],
+        cwd=HERE.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    # unshare(1) executes the program itself, or waits for it as its child.
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.communicate()
+
+
+def test_clocks_are_not_compared(url: str, elsewhere: subprocess.Popen[str]) -> None:
+    """The holder is neither taken for dead because its start time looks different from here, nor
+    kept longer than its lease."""
+
+    def ask(word: str) -> str:
+        assert elsewhere.stdin is not None
+        assert elsewhere.stdout is not None
+        elsewhere.stdin.write(f"{word}\n")
+        elsewhere.stdin.flush()
+        return elsewhere.stdout.readline().strip()
+
+    assert ask("") == "ready"
+    assert elsewhere.stdout is not None
+    assert abs(int(ask("clock")) - boottime()) > SHIFT / 2
+    assert ask("claim") == "claimed"
     store = SqlStore(url)
     until = boottime() + 1.5 * SHORT
     while boottime() < until:
         assert store.claim("k") is None
         time.sleep(0.05)
-    os.kill(holder.pid(), signal.SIGSTOP)
-    stopped = boottime()
+    (child,) = psutil.Process(elsewhere.pid).children() or [psutil.Process(elsewhere.pid)]
+    child.suspend()
     contend(store, "k").release()
-    assert boottime() - stopped >= SHORT * (1 - 1 / sql.RENEWALS) - 0.5
-    os.kill(holder.pid(), signal.SIGCONT)
-    assert holder.hear() == "lost"
+    child.resume()
+    assert elsewhere.stdout.readline().strip() == "lost"
 
 
 def test_a_fork_has_no_claim(url: str) -> None:

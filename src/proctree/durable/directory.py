@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from proctree import events
-from proctree.durable import files, folders, meeting
+from proctree.durable import files, folders, meeting, recording
 from proctree.durable.errors import StillRunning, StoreUnusable, UnknownKey
 from proctree.durable.files import step
 from proctree.durable.folders import KeyDirectory
@@ -204,6 +204,15 @@ class FileStore(Store):
     def attempts(self, key: str) -> list[Attempt]:
         place = self.at(key)
         return folders.read_attempts(place) if self._exists() else []
+
+    def ask_cancel(self, key: str, number: int) -> None:
+        for attempt in self.attempts(key):
+            if attempt.number == number:
+                path = os.path.join(attempt.place, folders.CANCELLED)
+                with step("write", path), files.opened(attempt.place) as fd:
+                    files.write(fd, folders.CANCELLED, recording.encode("cancelled", {}))
+                return
+        raise UnknownKey(f"key {key!r}: there is no attempt {number} in {self.path}")
 
     def claimed(self, key: str) -> bool:
         place = self.at(key)

@@ -3,8 +3,9 @@
     KEYDIR/             percent-encoded key (keys.py)
         lock            whose flock(2) is the claim
         key             a long key, which the directory's name does not say
-        attempts/N/     an attempt: request, exit (exit~ before that), handle, cursor, out.log,
-                        err.log, control. It is made as .N.new and gets its name when it is whole
+        attempts/N/     an attempt: request, exit (exit~ before that), handle, cancelled, cursor,
+                        out.log, err.log, control. It is made as .N.new and gets its name when it
+                        is whole
         unreadable/     N.TIME: attempts of which something could not be read
 
 Reading is wait-free: every change becomes visible by one rename(2), whoever makes it and wherever
@@ -35,6 +36,7 @@ UNREADABLE = "unreadable"
 REQUEST = "request"
 EXIT = "exit"
 HANDLE = "handle"
+CANCELLED = "cancelled"
 OUT = "out.log"
 ERR = "err.log"
 CONTROL = "control"
@@ -225,10 +227,11 @@ def read_attempt(number: int, path: str) -> Attempt | None:
                 request, trouble = _request(fd)
                 how, exit_trouble = _exit(fd)
                 known, _ = handle(fd)
+                cancelled = os.access(CANCELLED, os.F_OK, dir_fd=fd)
         except FileNotFoundError:
             return None
     both = "; ".join(why for why in (trouble, exit_trouble) if why)
-    return Attempt(number, request, known, how, both, path)
+    return Attempt(number, request, known, how, both, path, cancelled)
 
 
 # -- a key

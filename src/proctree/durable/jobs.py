@@ -28,6 +28,7 @@ from proctree.durable.errors import (
     UnknownKey,
 )
 from proctree.durable.jobplan import AfterFind, AfterPoll, Status, Step
+from proctree.durable.keys import check_key
 from proctree.durable.recording import Cause, Exit, Request
 from proctree.durable.store import Attempt, Claim, Store
 from proctree.outcome import Outcome
@@ -152,7 +153,7 @@ def run_job(
     the key reconnects to it, and `cancel_job` ends it.
 
     Args:
-        key: names the run.
+        key: names the run; 1 to 4096 characters, none of them null.
         job: how to run it.
         store: where it is recorded.
         allowed: the exit statuses that count as success: the result of such a run is taken, and
@@ -264,7 +265,7 @@ class _Supervision:
         same_target: bool,
         patience: float,
     ) -> None:
-        self._key = key
+        self._key = check_key(key)
         self._job = job
         self._store = store
         self._allowed = allowed

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from proctree import events, registry
 from proctree.durable.errors import LeaseLost, StillRunning, StoreUnusable, UnknownKey
+from proctree.durable.keys import check_key
 from proctree.durable.recording import Exit, Request, Unreadable, escape, unescape
 from proctree.durable.store import Attempt, Claim, Store
 from proctree.process import proof
@@ -120,6 +121,7 @@ def _stamp() -> str:
 
 
 def _identifier(key: str) -> str:
+    check_key(key)
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -232,10 +234,11 @@ class SqlStore(Store):
                 started it.)
 
         Raises:
+            TypeError, ValueError: it is not a key.
             StoreUnusable: the database cannot be used.
         """
-        self._make_tables()
         run, here, token = _identifier(key), _Here.now(), 0
+        self._make_tables()
         sent = boottime()
         row = self._read_run(run)
         if row is None:
