@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import structlog
 
 from integration.conftest import DEADLINE, in_thread
 from integration.dying import Child, children
-from proctree.durable import directory, meeting
+from proctree.durable import directory, files, folders, meeting
 from proctree.durable.directory import FileStore
 from proctree.durable.errors import StillRunning, StoreUnusable, UnknownKey
 from proctree.durable.recording import Exit, Request
@@ -243,6 +244,73 @@ def test_many_at_once(store, folder):
         assert all(int(child.hear()) > 0 for child in started)
 
 
+# -- what is changed while somebody reads
+
+
+def just_before(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str, nth: int, act: Callable[[], object]
+) -> None:
+    """Acts right before the nth call of this function."""
+    function = getattr(module, name)
+    calls = 0
+
+    def called(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            act()
+        return function(*args)
+
+    monkeypatch.setattr(module, name, called)
+
+
+def test_an_end_gets_its_name_while_it_is_looked_for(store, monkeypatch):
+    with contextlib.closing(Released(claimed(store))) as closing:
+        attempt = closing.claim.begin(request())
+        # First the request is read, then `exit`, which is not there, and then `exit~`.
+        finish = lambda: closing.claim.finish(attempt, Exit(7))  # noqa: E731
+        just_before(monkeypatch, files, "read", 3, finish)
+        assert store.attempts("k") == [attempt._replace(exit=Exit(7))]
+
+
+def test_a_key_is_forgotten_while_it_is_read(store, monkeypatch):
+    """What was read before that is not all that there was."""
+    claim = claimed(store)
+    for number in (1, 2):
+        claim.finish(claim.begin(request(number=number)), Exit(0))
+    claim.release()
+    just_before(monkeypatch, folders, "read_attempt", 2, lambda: store.forget("k"))
+    assert store.attempts("k") == []
+
+
+def test_a_key_is_forgotten_and_begun_again_while_it_is_read(store, monkeypatch):
+    claim = claimed(store)
+    for number in (1, 2):
+        claim.finish(claim.begin(request(number=number)), Exit(0))
+    claim.release()
+
+    def anew() -> None:
+        store.forget("k")
+        claim = claimed(store)
+        claim.begin(request(number=9))
+        claim.release()
+
+    just_before(monkeypatch, folders, "read_attempt", 2, anew)
+    (attempt,) = store.attempts("k")
+    assert (attempt.number, attempt.request) == (1, request(number=9))
+
+
+def test_an_attempt_is_kept_aside_while_it_is_read(store, monkeypatch):
+    with contextlib.closing(Released(claimed(store))) as closing:
+        attempt = closing.claim.begin(request())
+        Path(attempt.place, "request").write_bytes(b"")
+        just_before(monkeypatch, folders, "read_attempt", 1, closing.claim.attempts)
+        (found,) = store.attempts("k")
+        assert found.number == 1
+        assert "/unreadable/" in found.place
+        assert "cut off" in found.trouble
+
+
 # -- what is kept aside
 
 
@@ -335,6 +403,17 @@ def test_a_record_that_never_got_its_name_counts(store):
         for data in (whole + bytes(4096 - len(whole)), whole):
             path.write_bytes(data)
             assert closing.claim.attempts()[0].exit == Exit(9, duration=1.5)
+
+
+def test_what_was_begun_before_is_written_over(store):
+    """By somebody who was killed in the middle of a longer record."""
+    with contextlib.closing(Released(claimed(store))) as closing:
+        attempt = closing.claim.begin(request())
+        for name in ("exit~", "handle~"):
+            Path(attempt.place, name).write_bytes(b"x" * 5000)
+        closing.claim.submitted(attempt, "h")
+        closing.claim.finish(attempt, Exit(0))
+        assert closing.claim.attempts() == [attempt._replace(handle="h", exit=Exit(0))]
 
 
 def test_what_is_not_ours_is_left_alone(store, caplog):
@@ -435,7 +514,7 @@ def test_a_warden_is_found_below_any_path(folder):
             meeting.connect(other.place, DEADLINE)
 
 
-def test_a_warden_that_is_busy_is_waited_for(store):
+def test_a_warden_that_is_busy_is_waited_for(store, monkeypatch):
     with contextlib.closing(Released(claimed(store))) as closing:
         with contextlib.closing(closing.claim.prepare(request())) as prepared:
             place = prepared.attempt.place
@@ -444,7 +523,10 @@ def test_a_warden_that_is_busy_is_waited_for(store):
                 first = meeting.connect(place, DEADLINE)  # unix(7): one more than the backlog
                 with pytest.raises(TimeoutError, match="did not accept"):
                     meeting.connect(place, 0.01)
+                again = threading.Event()
+                just_before(monkeypatch, meeting, "_address", 2, again.set)
                 waiting = in_thread(lambda: meeting.connect(place, DEADLINE))
+                assert again.wait(DEADLINE)
                 listener.accept()[0].close()
                 second = waiting.get(timeout=DEADLINE)
                 assert isinstance(second, socket.socket), second
@@ -559,19 +641,30 @@ FULL = """
 claim = store.claim("k")
 prepared = claim.prepare(request)
 first = prepared.attempt
-with open(folder + "/full", "wb", buffering=0) as file:
-    try:
-        while True:
-            file.write(bytes(4096))
-    except OSError as error:
-        assert error.errno == 28, error
+def fill():
+    with open(folder + "/full", "ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == 28, error
+
+fill()
 text = refused(lambda: claim.begin(request))
 assert "ENOSPC at step 'begin'" in text and "make room" in text, text
 text = refused(lambda: claim.submitted(first, "h" * 5000))
 assert "ENOSPC at step 'write'" in text, text
 assert os.listdir(store.at("k").attempts) == ["1"], os.listdir(store.at("k").attempts)
 assert claim.attempts() == [first]
-claim.finish(first, Exit(0, note="n" * 236))  # its room was taken before
+pwrite = os.pwrite
+
+def after_somebody_else(*args):
+    fill()
+    return pwrite(*args)
+
+os.pwrite = after_somebody_else
+claim.finish(first, Exit(0, note="n" * 236))  # its room was taken before, and never given back
+os.pwrite = pwrite
 assert claim.attempts()[0].exit == Exit(0, note="n" * 236)
 text = refused(lambda: store.claim("x" * 300))
 assert "ENOSPC" in text, text
