@@ -119,9 +119,6 @@ class Request(NamedTuple):
         return cls(**values)  # type: ignore[arg-type]
 
 
-_NUMBERS = frozenset({"pid_namespace", "supervisor", "requested"})
-
-
 class Cause(enum.IntEnum):
     """Why an attempt ended, as the warden counts (src/warden/record.c)."""
 
