@@ -132,12 +132,10 @@ def test_the_record_of_a_signal(run: Run, gate: Gate) -> None:
 def test_the_duration_is_that_of_the_tree(run: Run, gate: Gate) -> None:
     owner = run.start(leaves(gate))
     owner.until(Type.EXITED)
-    before = time.clock_gettime(time.CLOCK_BOOTTIME)
     time.sleep(0.3)  # the span that is measured
     gate.open()
     owner.until(Type.EMPTY)
-    assert run.wait().duration >= time.clock_gettime(time.CLOCK_BOOTTIME) - before - 1.0
-    assert run.record().duration >= 0.29
+    assert run.wait().duration >= 0.29
 
 
 def test_a_record_without_a_place_that_was_kept_for_it(run: Run, gate: Gate) -> None:
