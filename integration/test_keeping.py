@@ -27,6 +27,7 @@ from proctree.protocol import Message, Type
 pytestmark = pytest.mark.wardens("sanitized")
 
 WATCHERS_MAX = 32
+SHORT = (Stage(signal.SIGTERM, 0.1), Stage(signal.SIGKILL, 0.1))
 EPROTO = (errno.EPROTO, "protocol")
 EPERM = (errno.EPERM, "attach")
 
@@ -301,16 +302,16 @@ def test_keep_gives_the_next_lease_another_length(run: Run, gate: Gate) -> None:
 
 def test_a_strict_lease_runs_whoever_is_attached(run: Run, gate: Gate) -> None:
     began = time.monotonic()
-    owner = run.start(waits(gate), lease=700, strict=True)
+    owner = run.start(waits(gate), lease=700, strict=True, plan=SHORT)
     watcher = run.attached(own=True)
     for client in (owner, watcher):
         assert types(client.rest())[-2:] == [Type.EXITED, Type.EMPTY]
-    assert time.monotonic() - began >= 0.69
+    assert time.monotonic() - began >= 0.49
     assert run.wait()[:2] == (signal.SIGTERM, Cause.LEASE)
 
 
 def test_only_keep_moves_a_strict_lease(run: Run, gate: Gate) -> None:
-    owner = run.start(waits(gate), lease=3000, strict=True)
+    owner = run.start(waits(gate), lease=3000, strict=True, plan=SHORT)
     owner.send(protocol.encode_keep(LONG))
     time.sleep(3.5)  # longer than it had at first
     assert ending(owner) is None
@@ -320,6 +321,17 @@ def test_only_keep_moves_a_strict_lease(run: Run, gate: Gate) -> None:
     assert ending(new) is None
     new.send(protocol.encode_keep(0))
     assert run.wait().cause is Cause.LEASE
+
+
+def test_when_a_strict_lease_is_over_the_tree_is_not_to_be_ended_but_dead(
+    run: Run, actors: str
+) -> None:
+    plan = (Stage(signal.SIGTERM, 2.0), Stage(signal.SIGKILL, 2.0))
+    began = time.monotonic()
+    owner = run.start([actors, "ignore"], lease=5000, strict=True, plan=plan)
+    eventually(lambda: ending(owner) is not None, "it is being ended")
+    assert 0.9 < time.monotonic() - began < 5.0
+    assert run.wait()[:2] == (signal.SIGKILL, Cause.LEASE)
 
 
 def test_the_end_by_itself_is_nobody_elses(run: Run, gate: Gate) -> None:

@@ -10,9 +10,19 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
+/* When a strict one is over, the tree is not to be ended but dead: others may start it elsewhere
+ * then.  So the orphan plan begins as much earlier as it may take. */
+static uint32_t strict_ms(const struct warden *w)
+{
+    uint64_t plan_ms = 0;
+    for (uint32_t i = 0; i < w->plan_count; i++)
+        plan_ms += w->plan[i].grace_ms;
+    return plan_ms < w->lease_ms ? w->lease_ms - (uint32_t)plan_ms : 0;
+}
+
 static int set_timer(const struct warden *w)
 {
-    const uint32_t ms = w->lease_ms;
+    const uint32_t ms = strict_ms(w);
     struct itimerspec to = {.it_value = {
                                 .tv_sec = (time_t)(ms / 1000),
                                 .tv_nsec = (long)(ms % 1000) * 1000000,

@@ -492,7 +492,7 @@ class WardenContained(Contained):
         text = f"the warden failed at step {name!r}: {errno_name(number)}"
         if name == "registry":
             events.warning("registry.failed", file=self._entry, errno=errno_name(number))
-        elif self._started:
+        elif self._started or name == "record":
             events.error("warden.fault", tree_id=self.tree_id, step=name, errno=errno_name(number))
         else:
             self._fail(ContainmentUnavailable(text), text)
@@ -644,6 +644,18 @@ class WardenContained(Contained):
         if self._keeps:
             text = f"{reason}\0{detail}".encode("utf-8", "surrogateescape")
             self._say(protocol.encode_note(text[: protocol.NOTE_MAX]))
+
+    def keep(self, seconds: float) -> None:
+        """From any thread: of a strict lease, that it is over so many seconds from now; by then the
+        tree is dead."""
+        until = time.clock_gettime(time.CLOCK_BOOTTIME) + seconds
+
+        def say() -> None:
+            left = until - time.clock_gettime(time.CLOCK_BOOTTIME)
+            if left > 0:
+                self._say(protocol.encode_keep(left))
+
+        self._loop.post(say)
 
     def cancel(self) -> None:
         """From any thread: asks the owner of a tree that is kept to end it."""
