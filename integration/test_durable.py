@@ -39,8 +39,8 @@ from proctree.durable import (
     Run,
     StillRunning,
     UnknownKey,
+    reconnecting,
 )
-from proctree.durable import runs as runs_module
 from proctree.durable.cursor import stored
 from proctree.durable.recording import Cause
 from proctree.process import proof
@@ -751,7 +751,7 @@ def test_a_fork_of_the_host_holds_no_lock(store: FileStore) -> None:
 def test_a_warden_that_does_not_answer_is_named_and_nothing_started_beside_it(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs_module, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(reconnecting, "ANSWER_SECONDS", 0.2)
     run = durable.start("key", SLEEPER, store=store, containment="warden")
     warden = warden_of(run.pid or 0)
     os.kill(warden, signal.SIGSTOP)

@@ -34,7 +34,7 @@ from proctree.durable.keys import check_key
 from proctree.durable.listing import Listed, list_
 from proctree.durable.running import Run
 from proctree.durable.store import Attempt, Claim, Store
-from proctree.durable.wish import DEFAULT_LEASE, to_allowed, to_wish
+from proctree.durable.wish import to_allowed, to_wish
 from proctree.outcome import Outcome
 from proctree.policy import to_seconds
 
@@ -85,7 +85,7 @@ def start(
     target: Target,
     *,
     allowed: Iterable[int] = (0,),
-    lease: float = DEFAULT_LEASE,
+    lease: float | None = None,
     logs: Any = None,
     store: StrPath | FileStore | None = None,
     same_target: bool = True,

@@ -32,7 +32,7 @@ class Wish(NamedTuple):
     fingerprint: str
     tree_id: str
     allowed: frozenset[int]
-    lease: float
+    lease: float | None
     logs: Any
     stdin: Any
     merged: bool
@@ -76,7 +76,7 @@ def to_wish(
     target: Target,
     *,
     allowed: Iterable[int] = (0,),
-    lease: float = DEFAULT_LEASE,
+    lease: float | None = None,
     logs: Any = None,
     same_target: bool = True,
     timeout: float | None = None,
@@ -132,7 +132,7 @@ def to_wish(
         fingerprint=target_is.digest,
         tree_id=tree_id,
         allowed=to_allowed(allowed),
-        lease=to_lease(lease),
+        lease=None if lease is None else to_lease(lease),
         logs=logs,
         stdin=to_stdin(Stdio.DEVNULL if stdin is None else stdin),
         merged=merged,

@@ -1,0 +1,204 @@
+"""Starting the tree of a key, with the key's lock; and clearing away what the last one left.
+
+The order of things, and why no crash between two of them makes two trees of one key, or loses one:
+
+1. The key's lock is taken. From then on nobody else decides anything about it.
+2. The request is recorded (the intent), with everything that is needed to find what it may start.
+3. The warden inherits the lock, and gets START: now the tree runs. Who is killed before that has
+   started nothing: a warden without START ends. Who is killed behind it leaves a tree that holds
+   the lock: whoever comes next cannot take it, and reconnects.
+4. We give our copy of the lock away. Only the warden holds it, until the tree is proved empty and
+   its exit is recorded.
+
+So a free lock means that nothing runs (or that the warden was killed, and then what it left behind
+is ended first), and a lock that is held means that something runs, is about to, or is ending.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from proctree import containment as _containment
+from proctree import loop as _loop
+from proctree import registry
+from proctree import tree as _tree
+from proctree.command import Command
+from proctree.containment.base import Keep, Wanted
+from proctree.containment.warden import WardenContained
+from proctree.durable.directory import FileClaim, FileStore
+from proctree.durable.errors import StillRunning
+from proctree.durable.following import Followed
+from proctree.durable.recording import Cause, Exit, Request
+from proctree.durable.running import Live, Run
+from proctree.durable.store import Attempt
+from proctree.durable.wish import DEFAULT_LEASE, Wish
+from proctree.errors import ProctreeError
+from proctree.policy import KillPolicy, Leftovers
+from proctree.records import Reason
+
+
+def clear_away(last: Attempt, key: str) -> None:
+    """Ends what an attempt has left behind whose warden is dead and did not say that its tree has
+    ended: it was killed.
+
+    Raises:
+        StillRunning: it cannot be ended.
+    """
+    if last.request is None:
+        survivors = [member for swept in registry.sweep() for member in swept.survivors]
+    else:
+        request = last.request
+        survivors = list(
+            registry.end_unheld(
+                boot=request.boot,
+                tree_id=request.tree_id,
+                name=key,
+                containment=request.containment,
+                cgroup=request.cgroup or None,
+            )
+        )
+    if survivors:
+        who = "; ".join(f"pid {m.pid} ({m.name}): {m.why}" for m in survivors)
+        raise StillRunning(
+            f"key {key!r}: attempt {last.number} has lost its warden and cannot be ended: {who}; "
+            "nothing was started beside it"
+        )
+
+
+# -- starting
+
+
+class Lease(NamedTuple):
+    """How long a tree lives without being kept.
+
+    Attributes:
+        seconds: how long.
+        strict: whoever is attached, unless it is renewed.
+    """
+
+    seconds: float
+    strict: bool = False
+
+
+def start(
+    claim: FileClaim,
+    wish: Wish,
+    store: FileStore,
+    lease: Callable[[Request], Lease] | None = None,
+    make: type[Run] = Run,
+) -> Run:
+    """Starts another attempt, and returns when its main process runs.
+
+    Args:
+        claim: the key's lock; it is not given back.
+        lease: called when the intent is recorded and nothing is started yet. Default: the wish's.
+        make: the handle.
+
+    Raises:
+        What `proctree.durable.start` raises for what cannot be started.
+    """
+    wanted = Wanted(limits=wish.limits, keep=Keep(-1, -1, -1, 0))
+    backend = _containment.choose(wish.containment, wanted)
+    contained = backend(wish.tree_id, wanted)
+    assert isinstance(contained, WardenContained)
+    request = _request(wish, contained)
+    with contextlib.closing(claim.prepare(request)) as prepared:
+        attempt = prepared.attempt
+        span = _own_lease(wish) if lease is None else lease(request)
+        followed = Followed(wish.stdin, wish.logs, attempt.place, writes=True, merged=wish.merged)
+        contained.place = attempt.place
+        contained.wanted = wanted._replace(
+            keep=Keep(
+                claim.lock,
+                prepared.run,
+                prepared.listen,
+                round(span.seconds * 1000),
+                strict=span.strict,
+                end_leftovers=wish.leftovers is Leftovers.KILL,
+            )
+        )
+        tree = make_tree(wish.command, contained, followed, wish, wish.leftovers)
+        run = make(wish.key, attempt, request, reconnected=False, store=store)
+        live = run._live = Live(tree, contained, followed, wish.timeout, wish.leftovers)
+        try:
+            _launch(tree, keep=wish.keep)
+        except BaseException:
+            _record_failure(claim, attempt, tree)
+            raise
+    live.arm()
+    return run
+
+
+def _own_lease(wish: Wish) -> Lease:
+    return Lease(DEFAULT_LEASE if wish.lease is None else wish.lease)
+
+
+def _request(wish: Wish, contained: WardenContained) -> Request:
+    return Request(
+        key=wish.key,
+        target=wish.target,
+        fingerprint=wish.fingerprint,
+        tree_id=wish.tree_id,
+        kind="tree",
+        boot=registry.boot_id(),
+        pid_namespace=registry.pid_namespace(),
+        host=socket.gethostname(),
+        supervisor=os.getpid(),
+        requested=time.time_ns(),
+        containment=contained.name,
+        cgroup=contained.cgroup or "",
+    )
+
+
+def make_tree(
+    command: Command,
+    contained: WardenContained,
+    followed: Followed,
+    wish: Wish | None,
+    leftovers: Leftovers,
+) -> _tree.Tree:
+    """The machine of one attempt; without a wish for one that we only watch."""
+    return _tree.Tree(
+        contained.tree_id,
+        command,
+        contained,
+        followed,
+        KillPolicy() if wish is None else wish.kill,
+        leftovers,
+        None,
+        0.5 if wish is None else wish.drain_timeout,
+    )
+
+
+def _launch(tree: _tree.Tree, *, keep: bool) -> None:
+    """As `WatchedSubprocess.launch`; but with `keep` an interrupt lets go of what was started."""
+    loop = _loop.get()
+    try:
+        tree.launch(loop)
+        tree.started.wait()
+    except BaseException:
+        if keep:
+            tree.started.wait()
+            tree.detach()
+        else:
+            tree.kill(loop, Reason.KILLED, "interrupted", None)
+        tree.closed.wait()
+        raise
+    if tree.start_error is not None:
+        tree.closed.wait()
+        raise tree.start_error
+    if tree.contained.pid is None:
+        raise ProctreeError(f"tree {tree.tree_id} was ended before it had started")
+
+
+def _record_failure(claim: FileClaim, attempt: Attempt, tree: _tree.Tree) -> None:
+    """If not even a warden could be made, who records what a warden would have."""
+    error = tree.start_error
+    number = error.errno if isinstance(error, OSError) and error.errno else 0
+    if error is not None and tree.contained.pid is None and claim.attempts()[-1].exit is None:
+        claim.finish(attempt, Exit(None, Cause.NOT_STARTED, error=number))
