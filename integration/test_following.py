@@ -110,6 +110,7 @@ def cursor(place: Path) -> dict[str, int]:
 
 
 def fifo(place: Path, name: str = "fifo") -> Path:
+    """To be read once: who opens it again before its writer has closed it reads an end of file."""
     os.mkfifo(place / name)
     return place / name
 
@@ -415,12 +416,12 @@ def test_a_tree_that_truncates_its_output(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What was begun of a line is a line of its own then."""
-    lines, gate = Lines(), fifo(tmp_path)
+    lines, gate, second = Lines(), fifo(tmp_path), fifo(tmp_path, "second")
     script = f"""
         echo a long line; printf begun
         read x < {gate}
         : > /dev/stdout
-        read x < {gate}
+        read x < {second}
         echo new; echo more
     """
     logs, read = (proctree.Lines(lines), None), Lines()
@@ -428,7 +429,7 @@ def test_a_tree_that_truncates_its_output(
     read.wait_for(len("a long line\nbegun"))
     gate.write_text("\n")
     assert lines.wait_for(2) == ["a long line", "begun"]
-    gate.write_text("\n")
+    second.write_text("\n")
     run.wait()
     assert lines.lines == ["a long line", "begun", "new", "more"]
     assert (tmp_path / "out.log").read_bytes() == b"new\nmore\n"
@@ -474,10 +475,11 @@ place, limit = Path(sys.argv[1]), Path("/proc/sys/user", sys.argv[3])
 logging.basicConfig(format="%(message)s")
 allowed = limit.read_text()
 limit.write_text("0")
-gate = place / "gate"
+gate, second = place / "gate", place / "second"
 os.mkfifo(gate)
+os.mkfifo(second)
 out, err = Lines(), Lines()
-script = f"echo 1; echo 2 >&2; read x < {gate}; echo 3; read x < {gate}; echo 4"
+script = f"echo 1; echo 2 >&2; read x < {gate}; echo 3; read x < {second}; echo 4"
 run = Run(["sh", "-c", script], place, (proctree.Lines(out), proctree.Lines(err)),
           stdin=proctree.DEVNULL).start()
 assert out.wait_for(1) == ["1"]
@@ -488,7 +490,7 @@ gate.write_text("\\n")
 assert out.wait_for(2) == ["1", "3"]
 limit.write_text(allowed)
 eventually(lambda: not watches._unwatched, "they are watched when there is room again")
-gate.write_text("\\n")
+second.write_text("\\n")
 assert out.wait_for(3) == ["1", "3", "4"]
 assert run.wait().returncode == 0
 """

@@ -285,7 +285,7 @@ def test_a_watcher_leaves_the_cursor_alone_until_it_owns_the_run(
 @pytest.mark.parametrize("logs", [None, proctree.CAPTURE])
 def test_who_delivers_nothing_makes_no_cursor(logs: Any, tmp_path: Path, follow: Follow) -> None:
     write(tmp_path, b"1\n")
-    follower = follow(logs)
+    follower = follow(logs, cursor=False)
     on_loop(follower.streams.take_cursor)
     follower.drain()
     follower.delivered()
@@ -317,6 +317,20 @@ def test_what_is_written_while_the_watch_is_made_is_seen(
     monkeypatch.setattr(inotify, "add_watch", late)
     follow((lines(heard), None))
     assert heard.wait_for(2) == ["1", "2"]
+
+
+def test_the_file_is_watched_and_not_its_name(tmp_path: Path) -> None:
+    write(tmp_path, b"1\n")
+    heard = Heard()
+    follower = Follower(tmp_path, (lines(heard), None))
+    on_loop(follower.attach)
+    with (tmp_path / "out.log").open("ab", buffering=0) as file:
+        (tmp_path / "out.log").unlink()
+        on_loop(follower.streams.start)
+        assert not on_loop(lambda: watching.of(loop.get())._unwatched)
+        file.write(b"2\n")
+        assert heard.wait_for(2) == ["1", "2"]
+    follower.close()
 
 
 def test_when_events_were_lost_every_file_is_looked_at(tmp_path: Path, follow: Follow) -> None:
@@ -448,6 +462,8 @@ def test_reading_stops_at_the_limit_and_goes_on(tmp_path: Path, follow: Follow) 
         write(tmp_path, b"more")
         for _ in range(10):
             assert on_loop(offset) == PENDING_MAX
+        on_loop(follower.streams.drain)
+        write(tmp_path, b"too late")
     finally:
         goes_on.set()
     follower.drain()
