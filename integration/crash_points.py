@@ -273,6 +273,15 @@ def settle() -> None:
         raise Trouble(f"left behind:\n{left[0]}")
 
 
+def settled() -> list[str]:
+    """The same for who has more to say: what is left, if there is something."""
+    try:
+        settle()
+    except Trouble as trouble:
+        return [str(trouble)]
+    return []
+
+
 def children(pid: int) -> list[int]:
     """The living and dead ones of a process; none when it is gone. The kernel lists them for each
     thread that has made some, proc(5)."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from integration import crash_points
-from integration.crash_points import children, forked, settle, traced, window
+from integration.crash_points import children, forked, settle, settled, traced, window
 from proctree import KillPolicy, Lines, Stage, durable
 from proctree.durable.recording import Cause, Exit, Request
 
@@ -359,7 +359,7 @@ def crash(tracer: str, folder: str, name: str, nth: int) -> dict[str, Any]:
         wrong = [] if done.killed or done.ended.value() == 0 else [f"it said {done.ended}"]
         if (code := _retry(at, scenario, nth)) != 0:
             wrong.append(f"the retry said {code}")
-        settle()
+        wrong += settled()
         wrong += check(at, (1,))
         if scenario.before is complete:
             wrong += check_delivered_once(at)
@@ -380,7 +380,7 @@ def crash_both(tracer: str, folder: str, containment: str, name: str, nth: int) 
             os.kill(pid, signal.SIGKILL)
         code = forked(resume, at)
         wrong = [] if code == 0 else [f"the retry said {code}"]
-        settle()
+        wrong += settled()
         # At its end the tree may have done its work, and nobody could record that.
         effects = (1, 2) if name == "finish" else (1,)
         wrong += check(at, effects, cut=True)

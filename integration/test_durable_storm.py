@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from integration import durable_parts
-from integration.crash_points import Forked, Zygote, children, settle
+from integration.crash_points import Forked, Zygote, children, settled
 from integration.durable_parts import QUICK, recorded, succeeded
 from proctree import durable
 from proctree.process import proof
@@ -182,7 +182,7 @@ def storm(place: str, seconds: float, seed: int, wardens: bool) -> dict[str, Any
     during = Counter(read(place, "results"))
     finishing = [Forked(finish, place, keys[index::COMPETITORS]) for index in range(COMPETITORS)]
     wrong = [line for one in finishing for line in one.wait().value()]
-    settle()
+    wrong += settled()
     return {
         "wrong": wrong + check(place, keys, wardens),
         "busy": read(place, "busy"),
