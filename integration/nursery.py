@@ -76,8 +76,13 @@ class Forked:
         self._nursery = nursery
         self.pid = pid
         self.stream = sock.makefile("rw", encoding="utf-8", newline="\n")
-        sock.close()  # the stream's from now on
+        self._fileno = sock.fileno()
+        sock.close()  # when the stream is: it is the stream's from now on
         self._status: int | None = None
+
+    def fileno(self) -> int:
+        """For select(2)."""
+        return self._fileno
 
     def tell(self, *words: object) -> None:
         self.stream.write(" ".join(str(word) for word in words) + "\n")

@@ -17,6 +17,7 @@ from integration.databases import Server
 from integration.job_cluster import Client
 from integration.job_supervisor import DEATHS, open_store
 from integration.nursery import Forked, Nursery
+from proctree.durable.errors import UnknownKey
 from proctree.durable.jobs import cancel_job, run_job
 from proctree.durable.sql import SqlStore
 from proctree.records import Reason
@@ -66,7 +67,7 @@ def place(request: pytest.FixtureRequest, server: Server | None, tmp_path: Path)
         return f"sqlite:///{tmp_path}/records"
     if server is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    return server.url(server.new_database())
+    return server.new_url()
 
 
 Start = Callable[..., Forked]
@@ -151,8 +152,11 @@ def test_cancelled_from_another_process(
     supervisor.tell()
     store = open_store(place, 600.0)
     eventually(lambda: bool(store.attempts(KEY)), "it is begun")
+    with pytest.raises(UnknownKey, match="no attempt 2"):
+        store.ask_cancel(KEY, 2)
     outcome = cancel_job(KEY, client.job(), store=store, timeout=DEADLINE)
     assert outcome.reason is Reason.KILLED
+    assert [attempt.cancelled for attempt in store.attempts(KEY)] == [True]
     status = "-15" if submissions() else "None"
     assert supervisor.hear() == f"{status} killed {outcome.tree_id}"
     assert len(submissions()) <= 1

@@ -41,7 +41,7 @@ def url(request: pytest.FixtureRequest, server: Server | None, tmp_path: Path) -
         return f"sqlite:///{tmp_path}/records"
     if server is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    return server.url(server.new_database())
+    return server.new_url()
 
 
 Start = Callable[..., Forked]
@@ -164,11 +164,12 @@ def test_eight_contend(url: str, start: Start) -> None:
     for process in processes:
         process.tell("contend")
     numbers = []
-    waiting = {process.stream: process for process in processes}
+    waiting = set(processes)
     while waiting:
-        ready, _, _ = select.select(list(waiting), [], [], DEADLINE)
+        ready, _, _ = select.select(waiting, [], [], DEADLINE)
         assert len(ready) == 1, "none, or two at once"
-        process = waiting.pop(ready[0])
+        (process,) = ready
+        waiting.remove(process)
         assert process.hear() == "claimed"
         assert process.ask("begin", "tree", f"{process.pid:016x}").startswith("begun")
         numbers.append(SqlStore(url).attempts("k")[-1].number)
@@ -198,6 +199,30 @@ def test_many_threads_take_it_once(url: str) -> None:
             had.begin(request("k", "job", uuid.uuid4().hex[:16]))
         had.release()
     assert len(SqlStore(url).attempts("k")) == 3
+
+
+def test_a_holder_that_was_heard_of_meanwhile(url: str) -> None:
+    """Between the look at the key and the try to take it over: renewed, or taken by another."""
+    store, other = SqlStore(url, lease=LONG), SqlStore(url, lease=LONG)
+    with claimed(store, "k") as claim:
+
+        def renewed() -> bool:
+            claim.begin(request("k", "tree", ID))
+            return True
+
+        assert other.claim("k", dead=renewed) is None
+        assert claim.begin(request("k", "tree", ID[::-1])).number == 2
+    third: list[SqlClaim | None] = []
+    with claimed(store, "fresh"):
+
+        def taken() -> bool:
+            third.append(store.claim("fresh", dead=lambda: True))
+            return True
+
+        assert other.claim("fresh", dead=taken) is None
+        assert third[0] is not None
+        assert third[0].begin(request("fresh", "tree", ID)).number == 1
+        third[0].release()
 
 
 def test_a_holder_that_was_killed(url: str, start: Start) -> None:
@@ -343,8 +368,9 @@ SHIFT = 1_000_000
 
 
 @pytest.fixture
-def elsewhere(url: str) -> Iterator[subprocess.Popen[str]]:
+def elsewhere(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A holder whose clocks are days ahead."""
+    url = f"sqlite:///{tmp_path}/records"
     shift = ["unshare", "-T", "--boottime", str(SHIFT), "--monotonic", str(SHIFT)]
     check = subprocess.run([*shift, "true"], capture_output=True, text=True)
     if check.returncode != 0:
@@ -365,7 +391,7 @@ def elsewhere(url: str) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_clocks_are_not_compared(url: str, elsewhere: subprocess.Popen[str]) -> None:
+def test_clocks_are_not_compared(tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
     """The holder is neither taken for dead because its start time looks different from here, nor
     kept longer than its lease."""
 
@@ -380,7 +406,7 @@ def test_clocks_are_not_compared(url: str, elsewhere: subprocess.Popen[str]) -> 
     assert elsewhere.stdout is not None
     assert abs(int(ask("clock")) - boottime()) > SHIFT / 2
     assert ask("claim") == "claimed"
-    store = SqlStore(url)
+    store = SqlStore(f"sqlite:///{tmp_path}/records")
     until = boottime() + 1.5 * SHORT
     while boottime() < until:
         assert store.claim("k") is None
@@ -416,19 +442,36 @@ def test_a_pool_is_not_shared_with_a_fork(url: str) -> None:
     try:
         store = SqlStore(engine)
         store.keys()
+        mine = _connection(store)
         pid = os.fork()
         if pid == 0:
             try:
-                os._exit(len(store.keys()))
+                os._exit(1 if mine and _connection(store) == mine else len(store.keys()))
             finally:
                 os._exit(9)
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         with claimed(store, "k") as claim:
             claim.begin(request("k", "tree", ID))
+            with pytest.raises(StoreUnusable):
+                claim._write("fail", _fail_half_way)
         assert store.keys() == ["k"]
+        assert store.attempts("k")[0].handle is None  # whatever the engine's isolation level
     finally:
         engine.dispose()
+
+
+def _connection(store: SqlStore) -> int:
+    """The server's process for it, or 0 where there is none."""
+    if store.name.startswith("sqlite"):
+        return 0
+    query = "SELECT pg_backend_pid()"
+    return int(store._transact("ask", lambda one: one.exec_driver_sql(query).scalar_one()))
+
+
+def _fail_half_way(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("UPDATE proctree_attempts SET handle = 'x'")
+    connection.exec_driver_sql("SELECT * FROM missing")
 
 
 # -- a database that fails
@@ -445,7 +488,7 @@ def own_server() -> Iterator[Server]:
 def test_the_server_crashes(own_server: Server) -> None:
     """And is back before the lease is over: the claim goes on, and what was recorded is there. When
     it is away for longer the claim is lost, by our own clock."""
-    store = SqlStore(own_server.url(), lease=20.0)
+    store = SqlStore(own_server.url(), lease=12.0)
     renewed, lost = threading.Event(), threading.Event()
     brief = SqlStore(own_server.url(), lease=2.0)
     with claimed(store, "k") as claim, claimed(brief, "b") as short:

@@ -213,6 +213,7 @@ class SqlStore(Store):
         self._made = False
         self._observed: collections.OrderedDict[str, _Observed] = collections.OrderedDict()
         self._reported: set[tuple[str, int]] = set()
+        """Of the unreadable ones, so that each is in the log once."""
 
     def __repr__(self) -> str:
         return f"SqlStore({self.name!r}, lease={self.lease})"
@@ -382,7 +383,11 @@ class SqlStore(Store):
             if attempt.trouble and (run, attempt.number) not in self._reported:
                 self._reported.add((run, attempt.number))
                 events.warning(
-                    "durable.unreadable", key=key, attempt=attempt.number, trouble=attempt.trouble
+                    "durable.unreadable",
+                    key=key,
+                    attempt=attempt.number,
+                    kept=self.name,
+                    error=attempt.trouble,
                 )
         return found
 
