@@ -25,6 +25,12 @@ PREALLOCATED = 4096
 LONG = 600_000
 """Milliseconds: a lease that no test sees the end of."""
 
+
+def boottime() -> float:
+    """Seconds of CLOCK_BOOTTIME."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 PLAN = (Stage(signal.SIGTERM, DEADLINE), Stage(signal.SIGKILL, DEADLINE))
 """What ends at SIGTERM is seen to have ended at it."""
 
@@ -135,7 +141,7 @@ class Run:
             if listen:
                 fds["listen"] = listener.fileno()
             options = [*(f"{name}={fd}" for name, fd in fds.items()), f"supervisor={os.getpid()}"]
-            options += [f"lease={lease}"] + ["strict=1"] * strict
+            options += [f"until={round(boottime() * 1000) + lease}" if strict else f"lease={lease}"]
             options += ["endleftovers=1"] * end_leftovers + list(more)
             self.warden = os.posix_spawn(
                 warden_path(),

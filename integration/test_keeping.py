@@ -17,7 +17,7 @@ import pytest
 
 from integration.conftest import DEADLINE, available, eventually, is_alive, living, start_supervisor
 from integration.fault_tools import Helper
-from integration.keepers import LONG, Client, Run
+from integration.keepers import LONG, Client, Run, boottime
 from proctree import Reason, protocol
 from proctree.durable.recording import Cause, Exit
 from proctree.policy import Stage
@@ -312,7 +312,7 @@ def test_a_strict_lease_runs_whoever_is_attached(run: Run, gate: Gate) -> None:
 
 def test_only_keep_moves_a_strict_lease(run: Run, gate: Gate) -> None:
     owner = run.start(waits(gate), lease=3000, strict=True, plan=SHORT)
-    owner.send(protocol.encode_keep(LONG))
+    owner.send(protocol.encode_keep(boottime() + LONG))
     time.sleep(3.5)  # longer than it had at first
     assert ending(owner) is None
     owner.plain(Type.DETACH)
@@ -332,6 +332,17 @@ def test_when_a_strict_lease_is_over_the_tree_is_not_to_be_ended_but_dead(
     eventually(lambda: ending(owner) is not None, "it is being ended")
     assert 0.9 < time.monotonic() - began < 5.0
     assert run.wait()[:2] == (signal.SIGKILL, Cause.LEASE)
+
+
+def test_a_tree_whose_time_is_over_before_it_begins_is_not_started(
+    run: Run, tmp_path: Path
+) -> None:
+    """Whoever starts it may have been stopped in between."""
+    owner = run.start(["touch", str(tmp_path / "ran")], strict=True, lease=0, plan=SHORT)
+    assert owner.until(Type.EXEC_FAILED).values[0] == errno.ETIMEDOUT
+    record = run.wait()
+    assert (record.cause, record.error) == (Cause.NOT_STARTED, errno.ETIMEDOUT)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_end_by_itself_is_nobody_elses(run: Run, gate: Gate) -> None:

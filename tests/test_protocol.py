@@ -388,7 +388,8 @@ def test_attach_is_encoded(own):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "wanted"), [(0, 0), (1.5, 1500), (0.0004, 0), (1e12, 2**32 - 1), (2**32, 2**32 - 1)]
+    ("seconds", "wanted"),
+    [(0, 0), (1.5, 1500), (0.0004, 0), (2**32, 2**32 * 1000), (1e30, 2**64 - 1)],
 )
 def test_keep_is_encoded(seconds, wanted):
     assert protocol.KEEP.unpack(protocol.encode_keep(seconds)) == (1, Type.KEEP, 0, 0, wanted)

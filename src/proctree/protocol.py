@@ -58,7 +58,7 @@ NOTE_MAX = 236
 """Bytes that a note may have."""
 
 LEASE_MAX = 0xFFFFFFFF / 1000
-"""Seconds; a longer lease is this long."""
+"""Seconds; no plain lease is longer."""
 
 STEPS = {
     1: "arguments",
@@ -106,7 +106,7 @@ HEADER = struct.Struct("=BBHI")
 STAGE = struct.Struct("=iHHI")
 START = struct.Struct("=BBHII" + STAGE.format[1:] * STAGES_MAX)
 SIGNAL = struct.Struct("=BBHI" + STAGE.format[1:])
-KEEP = struct.Struct("=BBHII4x")
+KEEP = struct.Struct("=BBHIQ")
 NOTE = struct.Struct(f"=BBHII{NOTE_MAX}s")
 STARTED = struct.Struct("=BBHIiiQ")
 FAILURE = struct.Struct("=BBHIii")
@@ -211,14 +211,17 @@ def encode_attach(own: bool, serial: int = 0) -> bytes:
 
 
 def encode_keep(seconds: float) -> bytes:
-    """KEEP: a new length of the lease, counted from now; at most LEASE_MAX seconds.
+    """KEEP: a new lease.
+
+    Args:
+        seconds: how long it is; of a strict lease until when, by CLOCK_BOOTTIME.
 
     Raises:
         ValueError: `seconds` is negative or not a number.
     """
     if not seconds >= 0:
         raise ValueError(f"a lease of {seconds} seconds")
-    return KEEP.pack(VERSION, Type.KEEP, 0, 0, round(min(seconds, LEASE_MAX) * 1000))
+    return KEEP.pack(VERSION, Type.KEEP, 0, 0, min(round(seconds * 1000), 2**64 - 1))
 
 
 def encode_note(text: bytes) -> bytes:

@@ -46,7 +46,7 @@ static const struct option known[] = {
     {"run", NUMBER, AT(run), 0, 0},
     {"listen", NUMBER, AT(listen), 0, 0},
     {"lease", LONG, AT(lease), 0, 0},
-    {"strict", FLAG, AT(strict), 0, 0},
+    {"until", LONG, AT(until), AT(strict), 0},
     {"endleftovers", FLAG, AT(end_leftovers), 0, 0},
     {"umask", LONG, OWN(umask), OWN(set_umask), 0},
     {"nice", LONG, OWN(nice), OWN(set_nice), 0},
@@ -129,7 +129,8 @@ static bool valid_durable(const struct options *options)
                              options->strict || options->end_leftovers))
         return false;
     return inherited(options->lock) && inherited(options->run) && inherited(options->listen) &&
-           options->lease >= 0 && (unsigned long)options->lease <= UINT32_MAX;
+           options->lease >= 0 && (unsigned long)options->lease <= UINT32_MAX &&
+           options->until >= 0;
 }
 
 bool parse_arguments(struct options *options, char **argv)

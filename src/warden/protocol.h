@@ -130,10 +130,9 @@ struct message_signal {
     struct message_stage stage; /* grace_ms is ignored: the supervisor keeps the time */
 };
 
-struct message_keep { /* a new length of the lease, counted from now */
+struct message_keep { /* a new lease */
     struct message_header header;
-    uint32_t lease_ms;
-    uint32_t reserved;
+    uint64_t lease_ms; /* how long; of a strict one until when, in ms of CLOCK_BOOTTIME */
 };
 
 struct message_note { /* what the exit record says when it is the owner who ends the tree */

@@ -65,6 +65,7 @@ struct options {
     int listen;        /* a bound socket on which others attach, or -1 */
     long lease;        /* ms that the tree lives on when nobody is attached */
     bool strict;       /* the lease runs whoever is attached */
+    long until;        /* ms of CLOCK_BOOTTIME: then a strict one is over */
     bool end_leftovers; /* what the main process leaves ends when nobody owns the tree */
     struct attributes attributes;
     char **argv;
@@ -132,7 +133,7 @@ struct warden {
     struct peer *watchers; /* WATCHERS_MAX of them, in pages that no other warden touches */
     uint64_t waits; /* the last that was given out */
     int64_t listen_due;
-    uint32_t lease_ms;
+    uint64_t lease_ms; /* as in struct message_keep */
     int lease_timer; /* of a strict lease; else 0 */
     int64_t lease_due;
     int64_t started_ms; /* CLOCK_BOOTTIME */
@@ -300,7 +301,7 @@ void owner_acts(struct warden *w, const union request *request);
 
 /* lease.c: how long a durable tree lives without anybody. */
 struct failure lease_prepare(struct warden *w);
-void lease_keep(struct warden *w, uint32_t lease_ms);
+void lease_keep(struct warden *w, uint64_t lease_ms);
 bool lease_ran_out(struct warden *w);
 void lease_follow(struct warden *w);
 

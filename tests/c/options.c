@@ -57,10 +57,10 @@ static void everything(void)
                 "limit=b,2", "limit=c,3", "limit=d,4", "pidns=1", "init=9", "initpid=77", "entry=/e",
                 "record=r\nr", "spare=1", "watch=8", "keepsession=1", "terminal=1", "umask=18", "nice=-5", "ionice=16388",
                 "oom=-1000", "uid=4294967294", "gid=0", "groups=", "affinity=0,2", "rlimit=7,1,2",
-                "nonewprivs=1", "lock=11", "run=12", "listen=13", "lease=60000", "strict=1",
+                "nonewprivs=1", "lock=11", "run=12", "listen=13", "lease=60000", "until=5000000000",
                 "endleftovers=1", "--", "a", "--", "b=c"));
     CHECK(options.lock == 11 && options.run == 12 && options.listen == 13);
-    CHECK(options.lease == 60000 && options.strict && options.end_leftovers);
+    CHECK(options.lease == 60000 && options.strict && options.until == 5000000000 && options.end_leftovers);
     CHECK(options.adopt == 5 && options.scan && options.pid_namespace);
     CHECK(strcmp(options.cwd, "/a=b") == 0 && strcmp(options.pass, "3,4") == 0);
     CHECK(strcmp(options.cgroup, "/c") == 0);
@@ -127,11 +127,11 @@ static void numbers_out_of_range(void)
 /* What belongs to a durable run, without one or with descriptors that cannot be meant. */
 static void durable_runs(void)
 {
-    static const char *const alone[] = {"lock=4", "listen=4", "lease=1", "strict=1",
+    static const char *const alone[] = {"lock=4", "listen=4", "lease=1", "until=1",
                                         "endleftovers=1"};
     static const char *const wrong[] = {
         "run=0",    "run=2",           "run=-1",   "lock=0",   "lock=2",     "listen=1",
-        "lease=-1", "lease=4294967296", "strict=0", "lease=1s", "endleftovers=",
+        "lease=-1", "lease=4294967296", "until=-1", "lease=1s", "endleftovers=",
     };
     for (size_t i = 0; i < sizeof alone / sizeof alone[0]; i++) {
         CHECK(!PARSE(COMMAND, alone[i], "--", "true"));

@@ -88,7 +88,7 @@ static void written(const uint8_t *data, size_t size)
             request.start.stages[i] = take_stage(&input);
     }
     if (request.header.type == MESSAGE_KEEP)
-        request.keep.lease_ms = (uint32_t)take(&input, 4);
+        request.keep.lease_ms = take(&input, 8);
     if (request.header.type == MESSAGE_NOTE)
         request.note.length = (uint32_t)take(&input, 1) % (PROTOCOL_NOTE_MAX + 1);
     const size_t whole = size_of(request.header.type);

@@ -84,16 +84,17 @@ class Keep(NamedTuple):
             descriptor for as long as it lives.
         run: a descriptor of the attempt's directory.
         listen: a bound socket there, to which others connect.
-        lease_ms: how long the tree lives on when nobody is attached.
-        strict: the lease runs always, and is only renewed by KEEP.
+        lease: seconds that the tree lives on when nobody is attached.
+        until: a strict lease: seconds of CLOCK_BOOTTIME by which the tree is dead, whoever is
+            attached, unless KEEP says another time. None: `lease` counts.
         end_leftovers: what the main process leaves behind is ended also when nobody owns the tree.
     """
 
     lock: int
     run: int
     listen: int
-    lease_ms: int
-    strict: bool = False
+    lease: float
+    until: float | None = None
     end_leftovers: bool = True
 
     @property
@@ -104,9 +105,10 @@ class Keep(NamedTuple):
     def arguments(self) -> list[bytes]:
         """For the warden."""
         numbers = [b"lock=%d" % self.lock, b"run=%d" % self.run, b"listen=%d" % self.listen]
-        flags = [b"strict=1"] if self.strict else []
-        flags += [b"endleftovers=1"] if self.end_leftovers else []
-        return [*numbers, b"lease=%d" % self.lease_ms, *flags]
+        flags = [b"endleftovers=1"] if self.end_leftovers else []
+        if self.until is not None:
+            return [*numbers, b"until=%d" % round(self.until * 1000), *flags]
+        return [*numbers, b"lease=%d" % round(self.lease * 1000), *flags]
 
 
 class Wanted(NamedTuple):

@@ -645,17 +645,10 @@ class WardenContained(Contained):
             text = f"{reason}\0{detail}".encode("utf-8", "surrogateescape")
             self._say(protocol.encode_note(text[: protocol.NOTE_MAX]))
 
-    def keep(self, seconds: float) -> None:
-        """From any thread: of a strict lease, that it is over so many seconds from now; by then the
-        tree is dead."""
-        until = time.clock_gettime(time.CLOCK_BOOTTIME) + seconds
-
-        def say() -> None:
-            left = until - time.clock_gettime(time.CLOCK_BOOTTIME)
-            if left > 0:
-                self._say(protocol.encode_keep(left))
-
-        self._loop.post(say)
+    def keep(self, until: float) -> None:
+        """From any thread: of a strict lease, by when the tree is dead now: seconds of
+        CLOCK_BOOTTIME."""
+        self._loop.post(lambda: self._say(protocol.encode_keep(until)))
 
     def cancel(self) -> None:
         """From any thread: asks the owner of a tree that is kept to end it."""

@@ -21,7 +21,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from proctree import containment as _containment
 from proctree import loop as _loop
@@ -73,30 +72,19 @@ def clear_away(last: Attempt, key: str) -> None:
 # -- starting
 
 
-class Lease(NamedTuple):
-    """How long a tree lives without being kept.
-
-    Attributes:
-        seconds: how long.
-        strict: whoever is attached, unless it is renewed.
-    """
-
-    seconds: float
-    strict: bool = False
-
-
 def start(
     claim: FileClaim,
     wish: Wish,
     store: FileStore,
-    lease: Callable[[Request], Lease] | None = None,
+    until: Callable[[Request], float] | None = None,
     make: type[Run] = Run,
 ) -> Run:
     """Starts another attempt, and returns when its main process runs.
 
     Args:
         claim: the key's lock; it is not given back.
-        lease: called when the intent is recorded and nothing is started yet. Default: the wish's.
+        until: called when the intent is recorded and nothing is started yet: by when the tree is to
+            be dead unless it is kept (`Keep.until`). Default: the wish's lease counts.
         make: the handle.
 
     Raises:
@@ -109,7 +97,7 @@ def start(
     request = _request(wish, contained)
     with contextlib.closing(claim.prepare(request)) as prepared:
         attempt = prepared.attempt
-        span = _own_lease(wish) if lease is None else lease(request)
+        end = None if until is None else until(request)
         followed = Followed(wish.stdin, wish.logs, attempt.place, writes=True, merged=wish.merged)
         contained.place = attempt.place
         contained.wanted = wanted._replace(
@@ -117,8 +105,8 @@ def start(
                 claim.lock,
                 prepared.run,
                 prepared.listen,
-                round(span.seconds * 1000),
-                strict=span.strict,
+                DEFAULT_LEASE if wish.lease is None else wish.lease,
+                until=end,
                 end_leftovers=wish.leftovers is Leftovers.KILL,
             )
         )
@@ -132,10 +120,6 @@ def start(
             raise
     live.arm()
     return run
-
-
-def _own_lease(wish: Wish) -> Lease:
-    return Lease(DEFAULT_LEASE if wish.lease is None else wish.lease)
 
 
 def _request(wish: Wish, contained: WardenContained) -> Request:

@@ -12,6 +12,7 @@ from proctree.durable.following import to_logs, to_stdin
 from proctree.durable.identity import fingerprint
 from proctree.durable.keys import check_key
 from proctree.policy import KillPolicy, Leftovers, to_leftovers, to_policy, to_seconds
+from proctree.protocol import LEASE_MAX
 from proctree.watched import DEFAULT_POLICY, DRAIN_TIMEOUT
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from proctree.limits import Limits
 
 DEFAULT_LEASE = 60.0
-LEASE_MAX = 0xFFFFFFFF / 1000
-"""Seconds: the messages to the warden count milliseconds in 32 bits."""
 
 
 class Wish(NamedTuple):
