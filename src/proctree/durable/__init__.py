@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proctree.command import StrPath, Target
 from proctree.durable import runs as _runs
@@ -30,6 +30,7 @@ from proctree.durable.errors import (
     StoreUnusable,
     UnknownKey,
 )
+from proctree.durable.jobs import GONE, RUNNING, Ended, Job, Stopped, cancel_job, run_job
 from proctree.durable.keys import check_key
 from proctree.durable.listing import Listed, list_
 from proctree.durable.running import Run
@@ -38,20 +39,29 @@ from proctree.durable.wish import to_allowed, to_wish
 from proctree.outcome import Outcome
 from proctree.policy import to_seconds
 
+if TYPE_CHECKING:
+    from proctree.durable.sql import SqlStore
+
 list = list_  # noqa: A001 - it is `durable.list`
 
 __all__ = [
+    "GONE",
+    "RUNNING",
     "Attempt",
     "Claim",
     "DifferentTarget",
     "DurableError",
+    "Ended",
     "FileStore",
+    "Job",
     "LeaseLost",
     "Listed",
     "NotOwner",
     "NotRunning",
     "Run",
+    "SqlStore",
     "StillRunning",
+    "Stopped",
     "Store",
     "StoreUnusable",
     "UnknownKey",
@@ -64,12 +74,24 @@ __all__ = [
 ]
 
 
-def _store(value: Any) -> FileStore:
+def _store(value: Any) -> Store:
     if value is None or isinstance(value, (str, os.PathLike)):
         return FileStore(value)
-    if not isinstance(value, FileStore):
+    if not isinstance(value, Store):
         raise TypeError(f"store: a path or a store, not {value!r}")
     return value
+
+
+def _front(store: Store) -> Any:
+    """Who starts trees whose records are there: `runs` for a directory, `leased` for a database."""
+    if isinstance(store, FileStore):
+        return _runs
+    from proctree.durable import leased
+    from proctree.durable.sql import SqlStore
+
+    if not isinstance(store, SqlStore):
+        raise TypeError(f"store: trees need a FileStore or a SqlStore, not {store!r}")
+    return leased
 
 
 def _retries(value: Any) -> int:
@@ -87,7 +109,7 @@ def start(
     allowed: Iterable[int] = (0,),
     lease: float | None = None,
     logs: Any = None,
-    store: StrPath | FileStore | None = None,
+    store: StrPath | Store | None = None,
     same_target: bool = True,
     **options: Any,
 ) -> Run:
@@ -126,17 +148,21 @@ def start(
         ContainmentUnavailable: the containment cannot be had here.
     """
     options |= {"allowed": allowed, "lease": lease, "logs": logs, "same_target": same_target}
-    return _runs.begin(to_wish(key, target, **options), _store(store))
+    if isinstance(target, Job):
+        raise TypeError("target: a Job has no handle: use durable.run")
+    where = _store(store)
+    run: Run = _front(where).begin(to_wish(key, target, **options), where)
+    return run
 
 
 def run(
     key: str,
-    target: Target,
+    target: Target | Job,
     *,
     retries: int = 0,
     interrupted: str = "kill",
     allowed: Iterable[int] = (0,),
-    store: StrPath | FileStore | None = None,
+    store: StrPath | Store | None = None,
     **options: Any,
 ) -> Outcome:
     """Has a run end, whoever started it, and answers how it did. Takes what `start` takes.
@@ -155,9 +181,11 @@ def run(
         raise ValueError(f"interrupted: 'kill' or 'detach', not {interrupted!r}")
     left, statuses = _retries(retries), to_allowed(allowed)
     where = _store(store)
+    if isinstance(target, Job):
+        return run_job(key, target, store=where, allowed=statuses, retries=left, **options)
     while True:
         wish = to_wish(key, target, allowed=statuses, **options)
-        handle = _runs.begin(wish._replace(keep=interrupted == "detach"), where)
+        handle: Run = _front(where).begin(wish._replace(keep=interrupted == "detach"), where)
         try:
             outcome = handle.wait()
         except BaseException:
@@ -168,12 +196,14 @@ def run(
                 handle._leave()
             raise
         assert outcome is not None
+        if getattr(handle, "lost", False):
+            continue  # with its machine: that is no failure of its own
         if left == 0 or not _runs.again(outcome, statuses):
             return outcome
         left -= 1
 
 
-def attach(key: str, *, logs: Any = None, store: StrPath | FileStore | None = None) -> Run:
+def attach(key: str, *, logs: Any = None, store: StrPath | Store | None = None) -> Run:
     """Reconnects to what runs under a key, or answers the recorded end of its last attempt. Never
     starts anything. Who is attached keeps the run alive, and owns it if nobody else does.
 
@@ -183,16 +213,23 @@ def attach(key: str, *, logs: Any = None, store: StrPath | FileStore | None = No
         StillRunning: it runs and cannot be reached.
         StoreUnusable: the records cannot be read.
     """
-    return _runs.attach(key, logs, _store(store))
+    where = _store(store)
+    run: Run = _front(where).attach(key, logs, where)
+    return run
 
 
 def cancel(
-    key: str, *, timeout: float | None = None, store: StrPath | FileStore | None = None
+    key: str,
+    *,
+    job: Job | None = None,
+    timeout: float | None = None,
+    store: StrPath | Store | None = None,
 ) -> Outcome | None:
     """Asks the owner of what runs under a key to end it, or ends it where nobody owns it, and waits
     for that.
 
     Args:
+        job: what runs under the key, if it is a `Job`; see `proctree.durable.jobs.cancel_job`.
         timeout: seconds to wait; None waits as long as it takes.
 
     Returns:
@@ -205,10 +242,14 @@ def cancel(
         StoreUnusable: the records cannot be read.
     """
     seconds = None if timeout is None else to_seconds(timeout, "timeout")
-    return _runs.cancel(key, seconds, _store(store))
+    where = _store(store)
+    if job is not None:
+        return cancel_job(key, job, store=where, timeout=seconds)
+    outcome: Outcome | None = _front(where).cancel(key, seconds, where)
+    return outcome
 
 
-def forget(key: str, *, store: StrPath | FileStore | None = None) -> None:
+def forget(key: str, *, store: StrPath | Store | None = None) -> None:
     """Removes everything that is recorded of a key: its attempts, and their output.
 
     Raises:
@@ -216,4 +257,18 @@ def forget(key: str, *, store: StrPath | FileStore | None = None) -> None:
         StillRunning: it runs: cancel it first.
         StoreUnusable: the records cannot be removed.
     """
-    _store(store).forget(check_key(key))
+    check_key(key)
+    where = _store(store)
+    if isinstance(where, FileStore):
+        where.forget(key)
+    else:
+        _front(where).forget(key, where)
+
+
+def __getattr__(name: str) -> Any:
+    """PEP 562: what needs SQLAlchemy, the extra `sql`."""
+    if name != "SqlStore":
+        raise AttributeError(f"module 'proctree.durable' has no attribute {name!r}")
+    from proctree.durable.sql import SqlStore
+
+    return SqlStore

@@ -15,7 +15,7 @@ from proctree.durable.deciding import decide
 from proctree.durable.directory import FileStore
 from proctree.durable.errors import StillRunning
 from proctree.durable.following import Followed, deliver
-from proctree.durable.results import outcome_of
+from proctree.durable.results import Captured, outcome_of
 from proctree.durable.running import Live, Run, watcher_policy
 from proctree.durable.starting import make_tree
 from proctree.durable.store import Attempt
@@ -156,10 +156,14 @@ def attached(
 
 
 def recorded(attempt: Attempt, key: str, logs: Any, store: FileStore) -> Run:
-    """What has ended: the rest of its output is delivered, and its result is what is recorded."""
+    """What has ended: the rest of its output is delivered, if it is on this machine, and its result
+    is what is recorded."""
     assert attempt.request is not None
     assert attempt.exit is not None
     request, how = attempt.request, attempt.exit
-    captured = deliver(attempt.place, logs, tree_id=request.tree_id, pid=how.pid or None)
+    nothing: Captured = (None, None)
+    captured = nothing, nothing
+    if attempt.place:
+        captured = deliver(attempt.place, logs, tree_id=request.tree_id, pid=how.pid or None)
     outcome = outcome_of(how, request, captured=captured)
     return Run(key, attempt, request, reconnected=True, store=store, outcome=outcome)

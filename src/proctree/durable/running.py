@@ -97,7 +97,8 @@ class Run:
         """What the warden has recorded is what counts: every supervisor reads the same there."""
         if ending.reason is not Reason.DETACHED:
             for attempt in self._store.attempts(self.key):
-                if attempt.number == self.number and attempt.exit is not None:
+                request = attempt.request
+                if request is not None and request.tree_id == self.tree_id and attempt.exit:
                     return outcome_of(attempt.exit, self._request, ending)
         return Outcome.of(ending)
 

@@ -13,6 +13,7 @@ from proctree.durable.keys import check_key
 from proctree.durable.reconnecting import Patience, attached, link_to, reconnect, recorded
 from proctree.durable.running import Run
 from proctree.durable.starting import clear_away, start
+from proctree.durable.store import Attempt
 from proctree.durable.table import Decision, Found
 from proctree.durable.wish import Wish
 from proctree.outcome import Outcome
@@ -49,7 +50,16 @@ def _decide(claim: FileClaim, wish: Wish, store: FileStore) -> Run:
     return start(claim, wish, store)
 
 
-def attach(key: str, logs: Any, store: FileStore) -> Run:
+def require_tree(key: str, attempt: Attempt) -> None:
+    """Raises NotRunning: it is of a job."""
+    if attempt.request is not None and attempt.request.kind != "tree":
+        raise NotRunning(
+            f"key {key!r}: attempt {attempt.number} is of job {attempt.request.target!r}, which is "
+            "no process here: `run` it again to reconnect, and `cancel` it with job="
+        )
+
+
+def attach(key: str, logs: Any, store: FileStore, make: type[Run] = Run) -> Run:
     """See `proctree.durable.attach`."""
     check_key(key)
     patience = Patience(key, store)
@@ -66,9 +76,10 @@ def attach(key: str, logs: Any, store: FileStore) -> Run:
             if not held:
                 why = last.trouble or "it has neither ended nor does it run: it was lost"
                 raise NotRunning(f"key {key!r}: attempt {last.number}: {why}")
+            require_tree(key, last)
             link = None if last.request is None else link_to(key, last, own=True)
             if link is not None:
-                return attached(last, link, None, key, logs, store)
+                return attached(last, link, None, key, logs, store, make)
         patience.wait()
 
 
@@ -89,6 +100,7 @@ def cancel(key: str, timeout: float | None, store: FileStore) -> Outcome | None:
         last = attempts[-1] if attempts else None
         link = None
         if last is not None and last.request is not None and last.exit is None:
+            require_tree(key, last)
             link = link_to(key, last, own=False)
         if last is not None and link is not None:
             run = attached(last, link, None, key, None, store)

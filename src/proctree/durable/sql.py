@@ -230,9 +230,9 @@ class SqlStore(Store):
         Args:
             key: the key.
             dead: whether what the holder held has certainly ended, so that it need not be waited
-                for; called when the key is held. Default: whether the holder was a process of this
-                machine that has ended, and held nothing or a job. (A tree may outlive whoever
-                started it.)
+                for; called when the key is held. In any case it need not when the holder was a
+                process of this machine that has ended, and held nothing or a job. (A tree may
+                outlive whoever started it.)
 
         Raises:
             TypeError, ValueError: it is not a key.
@@ -280,6 +280,12 @@ class SqlStore(Store):
         row = self._read_run(_identifier(key))
         return row is not None and not row.released and not _holder_is_dead(row)
 
+    def holder_is_dead(self, key: str) -> bool:
+        """Whether whoever held the key last was a process of this machine, and has ended."""
+        self._make_tables()
+        row = self._read_run(_identifier(key))
+        return row is not None and _holder_is_dead(row)
+
     def keys(self) -> list[str]:
         self._make_tables()
         query = sa.select(_runs.c.key).where(_runs.c.id.in_(sa.select(_attempts.c.run)))
@@ -320,10 +326,9 @@ class SqlStore(Store):
     def _may_take(self, run: str, row: Any, dead: Callable[[], bool] | None) -> bool:
         """Whether a held key may be taken over."""
         now = boottime()  # behind the read: what it has shown was sent before
-        if dead is not None:
-            if dead():
-                return True
-        elif row.kind in (None, "job") and _holder_is_dead(row):
+        if dead is not None and dead():
+            return True
+        if row.kind in (None, "job") and _holder_is_dead(row):
             return True
         seen = self._observed.get(run)
         if seen is None or (seen.token, seen.counter) != (row.token, row.counter):
@@ -643,6 +648,11 @@ class SqlClaim(Claim):
         except (StoreUnusable, exc.IntegrityError) as error:
             # It is free when its lease has run out.
             events.warning("durable.not_released", key=self.key, error=str(error))
+
+    def abandon(self) -> None:
+        """Does not renew it any more, and does not give it back: it is free when its lease has run
+        out. For what runs on without us."""
+        self._closing.set()
 
     def _give_back(self, connection: sa.Connection) -> None:
         mine = self._mine()

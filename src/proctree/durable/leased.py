@@ -1,0 +1,541 @@
+"""Trees by their keys on several machines: the records are in a database, and the tree is held here
+by a lease.
+
+The lock of a directory says what runs on this machine, and knows nothing of another. There the
+database says who has the key, by a lease (sql.py), and the warden here sees to it that the tree is
+dead when the lease is over: whoever takes over by then starts nothing beside it. Nobody compares
+clocks: who takes over has seen the lease unchanged for its whole length by its own clock, and the
+warden counts from before the last renewal was sent.
+
+The order of a start, and why no crash between two steps makes two trees, or loses one for good:
+
+1. The lock of the key in the local directory is taken: nothing of it runs here.
+2. The key is claimed in the database: nothing of it runs anywhere.
+3. The attempt is recorded here, and then there.
+4. The tree is started with the time that is left of the lease. Who was stopped so long that nothing
+   is left starts nothing: the warden looks at the clock.
+
+What has ended here and could not be recorded there any more (its supervisor was dead) is recorded
+by whoever comes next on this machine. On another machine such a run counts as lost, once its lease
+is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+import time
+from typing import Any
+
+from proctree import events
+from proctree.durable import runs
+from proctree.durable.deciding import decide, found_of
+from proctree.durable.directory import FileClaim, FileStore
+from proctree.durable.errors import (
+    DurableError,
+    LeaseLost,
+    NotOwner,
+    NotRunning,
+    StillRunning,
+    StoreUnusable,
+    UnknownKey,
+)
+from proctree.durable.keys import check_key
+from proctree.durable.reconnecting import Patience, reconnect, recorded
+from proctree.durable.recording import Request
+from proctree.durable.results import outcome_of
+from proctree.durable.running import Run
+from proctree.durable.sql import SqlClaim, SqlStore, boottime
+from proctree.durable.starting import clear_away, start
+from proctree.durable.store import Attempt
+from proctree.durable.table import Decision, Found
+from proctree.durable.wish import Wish
+from proctree.latch import Latch
+from proctree.outcome import Outcome
+from proctree.policy import KillPolicy
+from proctree.records import Reason
+
+LOOK_SECONDS = 5.0
+"""How often a run on another machine is looked at, at most; it is a tenth of the lease if that is
+less."""
+
+_AGAIN_SECONDS = 0.2
+"""After which what failed at the database is tried again."""
+
+
+def _pause(sql: SqlStore) -> float:
+    return min(LOOK_SECONDS, sql.lease / 10)
+
+
+def _local(sql: SqlStore) -> FileStore:
+    if sql.local is None:
+        sql.local = FileStore()
+    if not isinstance(sql.local, FileStore):
+        raise TypeError(f"store: local: a FileStore, not {sql.local!r}")
+    return sql.local
+
+
+def check(wish: Wish, sql: SqlStore) -> None:
+    """Raises ValueError: it cannot be had with this store's lease."""
+    if wish.lease is not None:
+        raise ValueError(f"lease: with {sql!r} the lease is that of the store")
+    if wish.kill.duration > sql.lease / 2:
+        raise ValueError(
+            f"kill: ending the run may take {wish.kill.duration:g} s, which is more than half of "
+            f"the store's lease, {sql.lease:g} s: it would not be dead when its lease is over"
+        )
+
+
+# -- handles
+
+
+class LeasedRun(Run):
+    """A run on this machine. Its end is known when it is recorded in the database as well."""
+
+    _tender: Tender | None = None
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """As `Run.wait`. It comes back when the end is recorded, or can no longer be."""
+        due = None if timeout is None else time.monotonic() + timeout
+        outcome = super().wait(timeout)
+        if outcome is not None and self._tender is not None:
+            left = None if due is None else max(0.0, due - time.monotonic())
+            if not self._tender.settled.wait(left):
+                return None
+        return outcome
+
+
+class RunElsewhere(Run):
+    """A run on another machine: known by what is recorded of it. It can be waited for, and
+    `cancel` asks for its end.
+
+    Attributes:
+        host: the name of that machine.
+        lost: after `wait`: its machine was not heard of for the length of its lease, so that it is
+            dead, and how it ended will not be known.
+    """
+
+    def __init__(self, key: str, attempt: Attempt, request: Request, sql: SqlStore) -> None:
+        super().__init__(key, attempt, request, reconnected=True, store=_local(sql))
+        self.host = request.host
+        self.lost = False
+        self._sql = sql
+        self._let_go = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """As `Run.wait`. Raises StoreUnusable as well."""
+        due = None if timeout is None else time.monotonic() + timeout
+        while self._outcome is None:
+            self._look()
+            left = None if due is None else due - time.monotonic()
+            if self._outcome is not None or (left is not None and left <= 0):
+                break
+            pause = _pause(self._sql)
+            self._let_go.wait(pause if left is None else min(pause, left))
+        return self._outcome
+
+    def _look(self) -> None:
+        for attempt in self._sql.attempts(self.key):
+            if attempt.number == self.number and attempt.exit is not None:
+                self._outcome = outcome_of(attempt.exit, self._request)
+                return
+        if self._let_go.is_set():
+            self._outcome = self._ended(Reason.DETACHED, "it runs on")
+            return
+        claim = self._sql.claim(self.key)
+        if claim is None:
+            return
+        try:
+            last = claim.attempts()[-1:]
+            if not last or last[0].number != self.number or last[0].exit is None:
+                self.lost = True
+                detail = f"{self.host} was not heard of for the length of the lease"
+                self._outcome = self._ended(Reason.SUPERVISOR_LOST, detail)
+        finally:
+            claim.release()
+
+    def _ended(self, reason: Reason, detail: str) -> Outcome:
+        return Outcome(
+            None,
+            reason,
+            detail,
+            containment=self._request.containment,
+            tree_id=self.tree_id,
+        )
+
+    def kill(self, policy: KillPolicy | None = None, reason: str = "") -> None:
+        """Raises NotOwner, unless it has ended."""
+        self._refuse("kill")
+
+    def signal(self, sig: int, scope: str = "group") -> None:
+        """Raises NotOwner, unless it has ended."""
+        self._refuse("signal")
+
+    def _refuse(self, what: str) -> None:
+        if self._outcome is None:
+            raise NotOwner(
+                f"{what}: run {self.key!r} (attempt {self.number}) is on {self.host}; "
+                "durable.cancel asks for its end"
+            )
+
+    def detach(self) -> None:
+        """Has `wait` come back."""
+        self._let_go.set()
+
+    def _leave(self) -> None:
+        self.detach()
+
+
+# -- holding the key while a tree runs
+
+
+class Tender:
+    """Renews the lease of a tree that we own, and records its end. Everything here runs on threads
+    of its own.
+
+    Attributes:
+        settled: the end is recorded, or can no longer be, or is somebody else's to record.
+    """
+
+    def __init__(self, run: LeasedRun, sql: SqlStore) -> None:
+        self.settled = Latch()
+        self._run = run
+        self._sql = sql
+        self._ended = threading.Event()
+        live = run._live
+        assert live is not None
+        self._live = live
+        self._claim: SqlClaim | None = None
+        live.tree.when_closed.append(self._ended.set)
+        if live.tree.closed.is_set():
+            self._ended.set()
+
+    def begin(self, claim: SqlClaim) -> None:
+        """With the claim under which the tree was started."""
+        self._take(claim)
+        self._work(self._record)
+
+    def come(self) -> None:
+        """To a tree that somebody else has started: its key is ours as soon as the tree is."""
+        self._work(self._claim_and_record)
+
+    def _work(self, job: Any) -> None:
+        def work() -> None:
+            try:
+                job()
+            except DurableError as error:
+                self._unrecorded(error)
+            finally:
+                self.settled.set()
+
+        threading.Thread(target=work, name="proctree-tender", daemon=True).start()
+
+    def _take(self, claim: SqlClaim) -> None:
+        self._claim = claim
+        claim.when_renewed.append(lambda _left: self._renewed(claim))
+
+    def _renewed(self, claim: SqlClaim) -> None:
+        self._live.contained.keep(claim.expires)
+        last = self._sql.attempts(self._run.key)[-1:]
+        if last and last[0].cancelled and not self._ended.is_set():
+            self._live.contained.cancel()
+
+    # -- a tree that was there before us
+
+    def _claim_and_record(self) -> None:
+        while not self._ended.is_set():
+            if self._live.contained.owns and self._try_to_claim():
+                self._record()
+                return
+            self._ended.wait(_pause(self._sql))
+        self._live.tree.closed.wait()
+        if not self._detached():
+            self._see_it_recorded()
+
+    def _see_it_recorded(self) -> None:
+        """By its owner, or by us when that is not there any more."""
+        due = boottime() + self._sql.lease
+        while boottime() < due and not self._is_recorded():
+            if self._try_to_claim():
+                self._record()
+                return
+            time.sleep(_pause(self._sql))
+
+    def _is_recorded(self) -> bool:
+        return any(
+            attempt.exit is not None
+            for attempt in self._sql.attempts(self._run.key)
+            if attempt.request is not None and attempt.request.tree_id == self._run.tree_id
+        )
+
+    def _try_to_claim(self) -> bool:
+        """If the tree is ours: whoever held the key does not own it any more."""
+        key = self._run.key
+        try:
+            claim = self._sql.claim(key, dead=lambda: self._is_last() and self._is_ours())
+        except StoreUnusable as error:
+            events.warning("durable.not_renewed", key=key, error=str(error))
+            return False
+        if claim is None:
+            return False
+        if not self._is_last():
+            claim.release()
+            return False
+        self._take(claim)
+        self._live.contained.keep(claim.expires)
+        return True
+
+    def _is_ours(self) -> bool:
+        """It has an owner for as long as it lives; behind its end, whoever held the key."""
+        if not self._ended.is_set():
+            return self._live.contained.owns
+        return self._live.contained.owns or self._sql.holder_is_dead(self._run.key)
+
+    def _is_last(self) -> bool:
+        """Nobody has made another attempt."""
+        last = self._sql.attempts(self._run.key)[-1:]
+        request = last[0].request if last else None
+        return request is not None and request.tree_id == self._run.tree_id
+
+    # -- its end
+
+    def _detached(self) -> bool:
+        ending = self._live.tree.ending
+        return ending is not None and ending.reason is Reason.DETACHED
+
+    def _record(self) -> None:
+        claim = self._claim
+        assert claim is not None
+        self._ended.wait()
+        self._live.tree.closed.wait()
+        if self._detached():
+            claim.abandon()  # it runs on, for as long as its lease
+            return
+        while not claim.lost:
+            try:
+                if record_end(claim, _local(self._sql), self._run.key):
+                    claim.release()
+                else:
+                    claim.abandon()  # how it ended is not known; that shows when its lease is over
+                return
+            except StoreUnusable as error:
+                events.warning("durable.not_renewed", key=self._run.key, error=str(error))
+                time.sleep(min(_AGAIN_SECONDS, self._sql.lease / 10))
+        self._unrecorded(LeaseLost("the lease was over before the end could be recorded"))
+
+    def _unrecorded(self, error: DurableError) -> None:
+        events.error(
+            "durable.unrecorded", key=self._run.key, tree_id=self._run.tree_id, error=str(error)
+        )
+
+
+def record_end(claim: SqlClaim, local: FileStore, key: str) -> bool:
+    """Records there what is recorded here of the last attempt; False when that is nothing.
+
+    Raises:
+        LeaseLost, StoreUnusable.
+    """
+    last = claim.attempts()[-1]
+    if last.exit is not None:
+        return True
+    here = _here(local, key, last)
+    if here is None or here.exit is None:
+        return False
+    claim.finish(last, here.exit)
+    return True
+
+
+def _here(local: FileStore, key: str, attempt: Attempt) -> Attempt | None:
+    """What the local directory says of an attempt."""
+    if attempt.request is None:
+        return None
+    for mine in local.attempts(key):
+        if mine.request is not None and mine.request.tree_id == attempt.request.tree_id:
+            return mine
+    return None
+
+
+# -- the front door
+
+
+def begin(wish: Wish, sql: SqlStore) -> Run:
+    """As `runs.begin`, for a key that other machines may have."""
+    check(wish, sql)
+    local = _local(sql)
+    patience = Patience(wish.key, local)
+    while True:
+        mine = local.claim(wish.key)
+        if mine is None:
+            run = reconnect(wish, local, patience, LeasedRun)
+            if run is not None:
+                return _tended(run, sql)
+            patience.wait()
+            continue
+        try:
+            here = _begin_here(mine, wish, sql, local)
+        finally:
+            mine.release()
+        run = here or _elsewhere(wish, sql)
+        if run is not None:
+            return run
+        # Who has it has not said yet what for. That it has died shows when its lease is over.
+        time.sleep(_pause(sql))
+
+
+def _tended(run: Run, sql: SqlStore) -> Run:
+    """One that was there before us."""
+    assert isinstance(run, LeasedRun)
+    for attempt in sql.attempts(run.key):
+        if attempt.request is not None and attempt.request.tree_id == run.tree_id:
+            run.number = attempt.number
+    run._tender = Tender(run, sql)
+    run._tender.come()
+    return run
+
+
+def _begin_here(mine: FileClaim, wish: Wish, sql: SqlStore, local: FileStore) -> Run | None:
+    """With the local lock. None when another machine has the key."""
+    claim = sql.claim(wish.key, dead=lambda: _ran_here(sql, local, wish.key))
+    if claim is None:
+        return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(claim.release)
+        try:
+            last, found = _last(claim, wish, local)
+            decision = decide(last, found, wish)
+            if decision is Decision.RESULT:
+                assert last is not None
+                return recorded(_with_place(last, wish.key, local), wish.key, wish.logs, local)
+            if last is not None:
+                events.debug("durable.again", key=wish.key, attempt=last.number, found=found.value)
+            for left in mine.attempts()[-1:]:
+                if left.exit is None:
+                    clear_away(left, wish.key)
+            return _start(mine, claim, stack, wish, sql)
+        except LeaseLost:
+            return None
+
+
+def _last(claim: SqlClaim, wish: Wish, local: FileStore) -> tuple[Attempt | None, Found]:
+    attempts = claim.attempts()
+    if attempts and attempts[-1].exit is None and record_end(claim, local, wish.key):
+        attempts = claim.attempts()
+    last = attempts[-1] if attempts else None
+    return last, found_of(last, wish)
+
+
+def _with_place(attempt: Attempt, key: str, local: FileStore) -> Attempt:
+    here = _here(local, key, attempt)
+    return attempt._replace(place="" if here is None else here.place)
+
+
+def _ran_here(sql: SqlStore, local: FileStore, key: str) -> bool:
+    """Whether what the holder held was a tree of this machine's: we have its lock, so it has
+    ended."""
+    last = sql.attempts(key)[-1:]
+    return bool(last) and _here(local, key, last[0]) is not None
+
+
+def _start(
+    mine: FileClaim, claim: SqlClaim, stack: contextlib.ExitStack, wish: Wish, sql: SqlStore
+) -> Run | None:
+    number = 0
+
+    def until(request: Request) -> float:
+        nonlocal number
+        number = claim.begin(request).number
+        return claim.expires
+
+    try:
+        run = start(mine, wish, _local(sql), until, LeasedRun)
+    except BaseException as error:
+        if number and not _proved_ended(claim, sql, wish.key):
+            stack.pop_all()
+            claim.abandon()  # something of it may run, until the lease is over
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            return None  # we were stopped for so long that the lease was over
+        raise
+    stack.pop_all()
+    assert isinstance(run, LeasedRun)
+    run.number = number
+    run._tender = Tender(run, sql)
+    run._tender.begin(claim)
+    return run
+
+
+def _proved_ended(claim: SqlClaim, sql: SqlStore, key: str) -> bool:
+    with contextlib.suppress(DurableError):
+        return record_end(claim, _local(sql), key)
+    return False
+
+
+def _elsewhere(wish: Wish, sql: SqlStore) -> Run | None:
+    """None when nothing is known yet of what runs there."""
+    last = sql.attempts(wish.key)[-1:]
+    if not last or last[0].request is None or last[0].exit is not None:
+        return None
+    decide(last[0], Found.RUNNING, wish)
+    return RunElsewhere(wish.key, last[0], last[0].request, sql)
+
+
+def attach(key: str, logs: Any, sql: SqlStore) -> Run:
+    """See `proctree.durable.attach`."""
+    check_key(key)
+    local = _local(sql)
+    if local.claimed(key):
+        run = runs.attach(key, logs, local, LeasedRun)
+        return _tended(run, sql) if run._live is not None else run
+    attempts = sql.attempts(key)
+    if not attempts:
+        raise UnknownKey(f"key {key!r}: nothing is recorded in {sql.name}")
+    last = attempts[-1]
+    if last.request is not None and last.exit is not None:
+        return recorded(_with_place(last, key, local), key, logs, local)
+    if last.request is not None and sql.claimed(key) and _here(local, key, last) is None:
+        return RunElsewhere(key, last, last.request, sql)
+    why = last.trouble or "it has neither ended nor does it run: it was lost"
+    raise NotRunning(f"key {key!r}: attempt {last.number}: {why}")
+
+
+def cancel(key: str, timeout: float | None, sql: SqlStore) -> Outcome | None:
+    """See `proctree.durable.cancel`."""
+    check_key(key)
+    local = _local(sql)
+    if local.claimed(key):
+        outcome = runs.cancel(key, timeout, local)
+        _record_here(key, sql, local)
+        return outcome
+    attempts = sql.attempts(key)
+    if not attempts:
+        raise UnknownKey(f"key {key!r}: nothing is recorded in {sql.name}")
+    last = attempts[-1]
+    if last.exit is not None or last.request is None or not sql.claimed(key):
+        return None
+    sql.ask_cancel(key, last.number)
+    outcome = RunElsewhere(key, last, last.request, sql).wait(timeout)
+    if outcome is None:
+        raise TimeoutError(f"key {key!r}: it has not ended {timeout:g} s after it was asked to")
+    return outcome
+
+
+def _record_here(key: str, sql: SqlStore, local: FileStore) -> None:
+    """What has ended here without an owner who would record it."""
+    claim = sql.claim(key, dead=lambda: _ran_here(sql, local, key) and sql.holder_is_dead(key))
+    if claim is not None:
+        try:
+            record_end(claim, local, key)
+        except LeaseLost:
+            pass
+        finally:
+            claim.release()
+
+
+def forget(key: str, sql: SqlStore) -> None:
+    """See `proctree.durable.forget`."""
+    local = _local(sql)
+    if local.claimed(key):
+        raise StillRunning(f"key {key!r}: it runs on this machine: cancel it first")
+    sql.forget(key)
+    with contextlib.suppress(UnknownKey):
+        local.forget(key)
