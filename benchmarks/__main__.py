@@ -14,6 +14,7 @@ from benchmarks import (
     channel,
     command,
     detection,
+    durable,
     exiting,
     functions,
     idle,
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Iterator[table.Row]]] = {
     "aio": aio.measure,
     "many": many.measure,
     "isolation": isolation.measure,
+    "durable": durable.measure,
 }
 
 
