@@ -48,6 +48,15 @@ class AttachedContained(WardenContained):
             self._pidfd = -1
         return True
 
+    def close(self) -> None:
+        super().close()
+        # It is not ours to reap, and others may let it run for long.
+        if not self._reaped and self._pidfd >= 0:
+            self._reaped = True
+            self._loop.unregister(self._pidfd)
+            fds.close(self._pidfd)
+            self._pidfd = -1
+
     def has_member(self, pid: int) -> bool:
         inside = self.cgroup is not None and cgroups.holds(self.cgroup, pid)
         return inside or super().has_member(pid)
