@@ -4,14 +4,16 @@ them."""
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from integration.conftest import DEADLINE
+from integration.conftest import DEADLINE, eventually
 from proctree import KillPolicy, durable
-from proctree.durable import FileStore, Run
+from proctree.containment import reaching
+from proctree.durable import Attempt, FileStore, Run
 
 SLEEPER = ["sleep", "1000"]
 
@@ -48,3 +50,60 @@ def test_who_has_let_go_of_a_run_keeps_nothing_of_it(store: FileStore) -> None:
         come_and_go()
     assert descriptors() <= before + 2  # of what other threads are busy with
     end(run)
+
+
+def test_a_handle_answers_for_its_own_run_and_not_for_the_next_of_that_number(
+    store: FileStore,
+) -> None:
+    run = durable.start("key", ["sh", "-c", "exit 3"], store=store)
+    eventually(lambda: not store.claimed("key"), "the run ends")
+    durable.forget("key", store=store)
+    assert durable.run("key", ["sh", "-c", "exit 4"], store=store).returncode == 4
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.returncode == 3
+
+
+# -- what ends, or begins, while somebody comes
+
+
+def test_a_warden_that_ends_while_it_is_looked_up_is_nobody(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    command = ["sh", "-c", f"read x < {gate}; exit 3"]
+    run = durable.start("key", command, store=store)
+    peer = reaching._peer
+
+    def peer_that_ends(control: socket.socket) -> int:
+        pid = peer(control)
+        gate.write_text("go\n")
+        assert run.wait(DEADLINE) is not None
+        return pid
+
+    monkeypatch.setattr(reaching, "_peer", peer_that_ends)
+    again = durable.start("key", command, store=store, allowed=(3,))
+    assert again.reconnected
+    assert again.outcome is not None
+    assert again.outcome.returncode == 3
+
+
+class Late(FileStore):
+    """A run begins between our look at its lock and that at its records."""
+
+    run: Run | None = None
+
+    def attempts(self, key: str) -> list[Attempt]:
+        if self.run is None:
+            self.run = durable.start(key, SLEEPER, store=FileStore(self.path))
+        return super().attempts(key)
+
+
+def test_what_has_just_begun_is_not_lost(store: FileStore) -> None:
+    late = Late(store.path)
+    watcher = durable.attach("key", store=late)
+    assert late.run is not None
+    assert watcher.pid == late.run.pid
+    end(late.run)
+    assert watcher.wait(DEADLINE) is not None

@@ -72,8 +72,7 @@ def reach(place: str, *, own: bool, timeout: float) -> Link:
     try:
         _connect(control, place, deadline)
         warden = _peer(control)
-        with fds.making():
-            pidfd = fds.own(os.pidfd_open(warden))
+        pidfd = _open(warden)
         control.send(protocol.encode_attach(own=own))
         flags, owner, ending = _answer(control, deadline)
     except BaseException:
@@ -109,6 +108,17 @@ def _peer(control: socket.socket) -> int:
     if pid <= 0:
         raise OSError(errno.ESRCH, "its warden lives in another PID namespace")
     return int(pid)
+
+
+def _open(warden: int) -> int:
+    try:
+        with fds.making():
+            return fds.own(os.pidfd_open(warden))
+    except OSError as error:
+        # It has ended since we connected; EINVAL: its number is a thread's by now (pidfd_open(2)).
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            raise ConnectionResetError(errno.ECONNRESET, "the warden has just ended") from None
+        raise
 
 
 def _answer(control: socket.socket, deadline: float) -> tuple[int, int, int]:

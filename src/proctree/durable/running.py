@@ -97,9 +97,10 @@ class Run:
         """What the warden has recorded is what counts: every supervisor reads the same there."""
         if ending.reason is not Reason.DETACHED:
             for attempt in self._store.attempts(self.key):
-                request = attempt.request
-                if request is not None and request.tree_id == self.tree_id and attempt.exit:
-                    return outcome_of(attempt.exit, self._request, ending)
+                request, how = attempt.request, attempt.exit
+                # Once the key is forgotten, another tree may have our number.
+                if request is not None and request.tree_id == self.tree_id and how is not None:
+                    return outcome_of(how, self._request, ending)
         return Outcome.of(ending)
 
     def wait(self, timeout: float | None = None) -> Outcome | None:

@@ -63,6 +63,7 @@ def attach(key: str, logs: Any, store: FileStore, make: type[Run] = Run) -> Run:
     """See `proctree.durable.attach`."""
     check_key(key)
     patience = Patience(key, store)
+    seen: Attempt | None = None
     while True:
         held = store.claimed(key)
         attempts = store.attempts(key)
@@ -74,6 +75,11 @@ def attach(key: str, logs: Any, store: FileStore, make: type[Run] = Run) -> Run:
             if last.request is not None and last.exit is not None and not last.trouble:
                 return recorded(last, key, logs, store)
             if not held:
+                if last != seen:
+                    # It may have begun between the two looks. What had begun before the first one,
+                    # and does not run, has ended: if not even now that is on record, it is lost.
+                    seen = last
+                    continue
                 why = last.trouble or "it has neither ended nor does it run: it was lost"
                 raise NotRunning(f"key {key!r}: attempt {last.number}: {why}")
             require_tree(key, last)
