@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -531,6 +532,188 @@ def test_all_of_a_run_is_on_the_disk_before_anybody_is_told_of_its_end(
         assert synced(place / name) < renamed
     for directory in (place, place.parent, place.parent.parent, place.parent.parent.parent):
         assert renamed < synced(directory) < told
+
+
+# -- a supervisor that its warden has let go of
+
+
+def disconnect(run: Run) -> None:
+    """As if we had not read for too long: a warden closes the connection of one that talks nonsense
+    as well. Returns when we have come back."""
+    assert run._live is not None
+    contained = run._live.contained
+    before = contained._control
+    assert before is not None
+    before.send(b"nonsense")
+    eventually(lambda: contained._control not in (before, None), "it has come back")
+
+
+def test_one_that_its_warden_has_let_go_of_comes_back_and_owns_it(
+    store: FileStore, job: Job
+) -> None:
+    lines = Lines()
+    run = durable.start("key", job.command, store=store, logs=proctree.Lines(lines))
+    lines.wait_for(1)
+    for _ in range(2):
+        disconnect(run)
+        assert run.owned
+    run.signal(signal.SIGCONT)
+    job.let_go()
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.returncode) == (Reason.EXITED, 0)
+    assert lines.lines == ["one", "two"]
+
+
+def test_what_it_asked_for_meanwhile_is_said_when_it_has_come_back(store: FileStore) -> None:
+    run = durable.start("key", SLEEPER, store=store)
+    live = run._live
+    assert live is not None
+    control = live.contained._control
+    assert control is not None
+    control.send(b"nonsense")
+    eventually(lambda: live.contained._control is not control, "it is let go of")
+    run.kill(reason="meanwhile")
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.detail) == (Reason.KILLED, "meanwhile")
+    (attempt,) = store.attempts("key")
+    assert attempt.exit is not None
+    assert attempt.exit.note == "killed\0meanwhile"
+
+
+def test_behind_the_exit_of_the_main_process_it_comes_back_too(
+    store: FileStore, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    command = ["sh", "-c", f"(read x < {gate}; echo last) & echo first"]
+    run = durable.start("key", command, store=store, logs=CAPTURE, leftovers="wait")
+    live = run._live
+    assert live is not None
+    eventually(lambda: live.tree.life.main_exited, "the main process has exited")
+    disconnect(run)
+    assert run.owned
+    gate.write_text("go\n")
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.returncode) == (Reason.EXITED, 0)
+    assert outcome.stdout == b"first\nlast\n"
+
+
+def test_who_comes_back_to_another_owner_watches_and_owns_it_again_behind_that_one(
+    store: FileStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Meanwhile what the main process leaves behind is that one's business."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    leaves = ["sh", "-c", f"(read x < {gate}) & echo $!; read x < {gate}"]
+    run = durable.start("key", leaves, store=store, logs=CAPTURE)
+    other = durable.start("key", leaves, store=store, leftovers="wait")
+    disconnect(run)
+    assert not run.owned
+    eventually(lambda: other.owned, "the other one owns it")
+    with pytest.raises(NotOwner):
+        run.kill()
+    live = run._live
+    assert live is not None
+    os.kill(run.pid or 0, signal.SIGKILL)
+    eventually(lambda: live.tree.life.main_exited, "the main process has exited")
+    assert run.wait(0.3) is None
+    assert other.processes()
+    other.detach()
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.returncode == -signal.SIGKILL
+    refused = [record.getMessage() for record in caplog.records if "EPERM" in record.getMessage()]
+    assert not refused, "it has tried to end what was not its own"
+
+
+def test_a_watcher_that_comes_back_when_the_owner_has_gone_does_its_work(
+    store: FileStore, supervise: Start
+) -> None:
+    """It is told that it owns the run when it comes, and never again."""
+    first = supervise(SLEEPER)
+    run = durable.start("key", SLEEPER, store=store, timeout=0.01)
+    live = run._live
+    assert live is not None
+    eventually(lambda: live._overdue, "the time is over")
+    control, busy, goes_on = live.contained._control, threading.Event(), threading.Event()
+    assert control is not None
+    live.contained._loop.post(lambda: (busy.set(), goes_on.wait(DEADLINE)))
+    try:
+        assert busy.wait(DEADLINE)
+        control.send(b"nonsense")
+        poller = select.poll()
+        poller.register(control, 0)
+        assert poller.poll(DEADLINE * 1000), "the warden lets go of it"
+        first.kill()
+    finally:
+        goes_on.set()
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.detail) == (Reason.TIMEOUT, "not done after 0.01 s")
+
+
+def test_who_cannot_come_back_ends_the_run(
+    store: FileStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = durable.start("key", SLEEPER, store=store)
+    Path(run.place, "control").unlink()
+    assert run._live is not None
+    control = run._live.contained._control
+    assert control is not None
+    control.send(b"nonsense")
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    # What the warden has recorded counts, if it came to that before it was ended as well.
+    assert outcome.reason in (Reason.WARDEN_LOST, Reason.SIGNALED)
+    assert not is_alive(run.pid or 0)
+    assert not store.claimed("key")
+    assert any("durable.disconnected" in record.getMessage() for record in caplog.records)
+
+
+STOPPED = """
+import signal
+contained = run._live.contained
+def ask_and_stop():
+    for _ in range(1000):
+        try:
+            contained._control.send(b"\\1\\3\\0\\0\\0\\0\\0\\0")
+        except BlockingIOError:
+            break
+    os.kill(os.getpid(), signal.SIGSTOP)
+contained._loop.post(ask_and_stop)
+"""
+
+
+def test_a_supervisor_that_is_stopped_loses_the_run_and_comes_back_to_it(
+    store: FileStore, tmp_path: Path, supervise: Start
+) -> None:
+    """Nobody reads the lists of a hundred members that it has asked for, and its warden does not
+    wait."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    text = f"for i in $(seq 100); do sleep 1000 & done; echo ready; read x < {gate}; exit 4"
+    command = ["sh", "-c", text]
+    first = supervise(command)
+    first.hear_until(lambda: first.lines == ["ready"])
+    ours = durable.start("key", command, store=store)
+    assert not ours.owned
+    first.tell(f"exec({STOPPED!r})")
+    try:
+        eventually(lambda: ours.owned, "the warden waits no longer")
+    finally:
+        first.process.send_signal(signal.SIGCONT)
+    first.tell("while run.owned: __import__('time').sleep(0.001)")
+    first.tell("say(owned=run.owned)")
+    first.hear_until(lambda: first.said["owned"] is False)
+    ours.detach()
+    first.tell("while not run.owned: __import__('time').sleep(0.001)")
+    first.tell("outcome = run.wait(); say(status=outcome.returncode, reason=outcome.reason)")
+    gate.write_text("go\n")
+    first.hear_until(lambda: "status" in first.said)
+    assert (first.said["status"], first.said["reason"]) == (4, "exited")
 
 
 # -- what its main process leaves behind

@@ -133,8 +133,8 @@ class WardenContained(Contained):
         """Whether we may signal it: of a tree that is kept, one supervisor at a time."""
         self.place = ""
         """The directory of a tree that is kept: there its warden is reached again."""
-        self.when_owner: Callable[[], None] | None = None
-        """Called on the loop's thread when we have become the owner."""
+        self.when_owner: Callable[[bool], None] | None = None
+        """Called on the loop's thread with `owns`, when that has changed."""
         self._frozen = False
         self._thaw_serial = 0
         self._reaped = False
@@ -419,6 +419,8 @@ class WardenContained(Contained):
         self._TAKE[message.type](self, message)
 
     def _take_started(self, message: Message) -> None:
+        if self._started:
+            return  # we have come back, and were told before
         self.pid, _, self._main_start = message.values
         self._started = True
         self._owner.happened(Event.STARTED)
@@ -435,10 +437,12 @@ class WardenContained(Contained):
         self._when_reaped(lambda: self._owner.could_not_start(error, detail))
 
     def _take_attached(self, message: Message) -> None:
-        owned = bool(message.flags & protocol.ATTACHED_OWNER)
-        became, self.owns = owned and not self.owns, owned
-        if became and self.when_owner is not None:
-            self.when_owner()
+        self._own(bool(message.flags & protocol.ATTACHED_OWNER))
+
+    def _own(self, owned: bool) -> None:
+        changed, self.owns = owned != self.owns, owned
+        if changed and self.when_owner is not None:
+            self.when_owner(owned)
 
     def _take_exited(self, message: Message) -> None:
         if self._main_exited:
@@ -547,8 +551,8 @@ class WardenContained(Contained):
                 return
             fds.close(link.pidfd)
             self._control = link.control
-            self.owns = link.owned
             self._loop.register(link.control.fileno(), READ, self._readable)
+            self._own(link.owned)
             self._say_all()
 
         Worker().post(work)

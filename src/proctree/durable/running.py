@@ -234,7 +234,7 @@ class Live:
         self._timeout = timeout
         self._leftovers = leftovers
         self._overdue = False
-        contained.when_owner = self._became_owner
+        contained.when_owner = self._owns
 
     def arm(self) -> None:
         """When its main process is known to run."""
@@ -262,11 +262,15 @@ class Live:
             detail = f"not done after {self._timeout:g} s"
             self.tree.happened(Event.KILL, reason=Reason.TIMEOUT, detail=detail, policy=None)
 
+    def _owns(self, owned: bool) -> None:
+        self.tree.life.leftover_policy = watcher_policy(owned, self._leftovers)
+        if owned:
+            self._became_owner()
+
     def _became_owner(self) -> None:
         """The one before us has gone: what it would have done is ours to do."""
         self._followed.take_cursor()
         life = self.tree.life
-        life.leftover_policy = self._leftovers
         if self._overdue:
             self._timed_out()
         elif life.main_exited and self._leftovers is Leftovers.KILL:
