@@ -497,7 +497,7 @@ def test_an_ending_that_a_dead_owner_has_begun_is_carried_through(
     store: FileStore, tmp_path: Path, supervise: Start
 ) -> None:
     """And who comes meanwhile waits for it, and makes another attempt."""
-    stubborn = ["sh", "-c", "trap 'echo asked' TERM; echo ready; while :; do sleep 1000; done"]
+    stubborn = ["sh", "-c", "trap 'echo asked' TERM; echo ready; while :; do sleep 1000 & wait; done"]
     first = supervise(stubborn, lease=600.0, policy=[[15, 0.2], [9, 30.0]])
     first.hear_until(lambda: first.lines == ["ready"])
     first.tell("run.kill(KillPolicy((Stage(15, 600.0), Stage(9, 30.0))))")
@@ -782,7 +782,7 @@ def test_cancel_ends_what_nobody_owns(store: FileStore, supervise: Start) -> Non
 
 
 def test_cancel_says_when_it_takes_too_long(store: FileStore) -> None:
-    stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1000; done"]
+    stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1000 & wait; done"]
     lines = Lines()
     run = durable.start("key", stubborn, store=store, kill=PATIENT, logs=proctree.Lines(lines))
     lines.wait_for(1)
