@@ -20,10 +20,11 @@ from proctree import loop
 from proctree.durable import following, watching
 from proctree.durable.cursor import SIZE, Cursor, decode, encode, stored
 from proctree.durable.following import Followed, to_logs
+from proctree.loop import BUFFER_SIZE
 from proctree.output import PENDING_MAX, CallbackErrors
 from proctree.process import fds, inotify
 from proctree.stdio import Stdio
-from proctree.streams import CALLBACK_CHUNK
+from proctree.streams import CALLBACK_CHUNK, CAPTURES_PER_TURN
 from proctree.worker import Worker
 
 TREE = "0" * 16
@@ -490,6 +491,75 @@ def test_the_end_is_what_the_file_holds_then(tmp_path: Path, follow: Follow) -> 
     assert rest(tmp_path) == ["3"]
     on_loop(lambda: None)
     assert len(follower.owner.ended.all) == 1
+
+
+def test_nothing_is_captured_behind_the_end(tmp_path: Path) -> None:
+    """Though there is room for it in the buffer that the end is read into."""
+    turn = CAPTURES_PER_TURN * BUFFER_SIZE
+    write(tmp_path, bytes(turn) + b"end")
+    follower = Follower(tmp_path, (proctree.Capture(2 * turn), None))
+
+    def end_and_write() -> None:
+        follower.attach()
+        follower.streams.start()  # which reads as much as it may in one turn
+        follower.streams.drain()
+        write(tmp_path, b"too late")
+
+    on_loop(end_and_write)
+    follower.owner.ended.wait_for(1)
+    (captured, cut), _ = on_loop(follower.streams.captured)
+    follower.close()
+    assert (len(captured or b""), (captured or b"")[-3:], cut) == (turn + 3, b"end", None)
+
+
+def test_an_unreadable_file_has_its_end_once(
+    tmp_path: Path, follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the descriptor that was given back for it is not asked for its size."""
+    write(tmp_path, b"1\n")
+    heard = Heard()
+    follower = follow((lines(heard), None))
+    heard.wait_for(1)
+
+    def spoil() -> None:
+        """From now on reading fails, with EISDIR."""
+        file = follower.streams._files["stdout"]
+        directory = os.open(tmp_path, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(directory, file._fd, inheritable=False)
+        os.close(directory)
+
+    on_loop(spoil)
+    write(tmp_path, b"2\n")
+    follower.owner.ended.wait_for(1)
+    on_loop(follower.streams.drain)
+    follower.delivered()
+    assert heard.all == ["1"]
+    assert len(follower.owner.ended.all) == 1
+    (said,) = events_of(caplog, "durable.unreadable_output")
+    assert "EISDIR" in said
+
+
+def test_what_begins_again_is_not_delivered_to_one_that_has_given_up(tmp_path: Path) -> None:
+    """Nor the line that was not complete before."""
+    goes_on, heard = threading.Event(), Heard()
+
+    def slow(line: str) -> None:
+        heard(line)
+        goes_on.wait(LONG)
+
+    write(tmp_path, b"1\nhalf")
+    follower = Follower(tmp_path, (proctree.Lines(slow), None)).start()
+    try:
+        heard.wait_for(1)
+        os.truncate(tmp_path / "out.log", 0)
+        offset = functools.partial(getattr, follower.streams._files["stdout"], "_offset")
+        while on_loop(offset) != 0:
+            goes_on.wait(0.001)
+        follower.close()
+    finally:
+        goes_on.set()
+    follower.delivered()
+    assert heard.all == ["1"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4])
