@@ -815,6 +815,7 @@ def test_what_an_owner_has_begun_to_end_ends_without_it(run: Run, gate: Gate) ->
     heir = run.attached(own=True)
     owner.send(protocol.encode_note(b"first"))
     owner.signal(signal.SIGCONT, ending=True)
+    owner.plain(Type.LIST)  # what it asks for besides does not take that back
     owner.close()
     told = heir.until(Type.ATTACHED)
     assert (told.flags, heir.until(Type.EMPTY).type) == (protocol.ATTACHED_OWNER, Type.EMPTY)
@@ -841,6 +842,24 @@ def test_an_owner_that_does_not_act_is_not_waited_for(run: Run, gate: Gate, who:
     owner.plain(Type.LIST)
     owner.until(Type.EMPTY)
     assert run.wait()[:2] == (signal.SIGTERM, Cause.CANCELLED)
+
+
+def test_who_is_asked_twice_and_does_not_act_is_not_asked_again(run: Run, actors: str) -> None:
+    """Then the warden does not wait for the owner any more."""
+    owner = run.start([actors, "ignore"])
+    run.main()
+    eventually(lambda: (run.attempt / "out.log").read_text() != "", "it ignores SIGTERM")
+    watcher = run.attached()
+    stop(run.warden)
+    for _ in range(3):
+        watcher.plain(Type.CANCEL)
+    watcher.send(protocol.encode_attach(False))
+    os.kill(run.warden, signal.SIGCONT)
+    told = watcher.until(Type.ATTACHED)
+    assert told.values == (os.getpid(), 1 + Cause.CANCELLED)
+    owner.signal(signal.SIGKILL, ending=True)
+    assert types(owner.rest()).count(Type.ASKED) == 1
+    assert run.wait()[:2] == (signal.SIGKILL, Cause.CANCELLED)
 
 
 def test_cancel_without_an_owner(run: Run, actors: str) -> None:
