@@ -6,6 +6,7 @@ test_durable_storm.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -565,15 +566,37 @@ def test_one_that_its_warden_has_let_go_of_comes_back_and_owns_it(
     assert lines.lines == ["one", "two"]
 
 
-def test_what_it_asked_for_meanwhile_is_said_when_it_has_come_back(store: FileStore) -> None:
-    run = durable.start("key", SLEEPER, store=store)
-    live = run._live
-    assert live is not None
-    control = live.contained._control
+@contextlib.contextmanager
+def unaware(run: Run) -> Iterator[None]:
+    """Its warden has let go of it, and it does not know that yet."""
+    assert run._live is not None
+    contained, busy, goes_on = run._live.contained, threading.Event(), threading.Event()
+    control = contained._control
     assert control is not None
-    control.send(b"nonsense")
-    eventually(lambda: live.contained._control is not control, "it is let go of")
-    run.kill(reason="meanwhile")
+    contained._loop.post(lambda: (busy.set(), goes_on.wait(DEADLINE)))
+    try:
+        assert busy.wait(DEADLINE)
+        control.send(b"nonsense")
+        poller = select.poll()
+        poller.register(control, 0)
+        assert poller.poll(DEADLINE * 1000), "the warden lets go of it"
+        yield
+    finally:
+        goes_on.set()
+
+
+def test_what_it_asked_for_meanwhile_is_said_when_it_has_come_back(store: FileStore) -> None:
+    run = durable.start("key", SLEEPER, store=store, containment="warden")
+    assert run._live is not None
+    unsaid, warden = run._live.contained._unsaid, warden_of(run.pid or 0)
+    with unaware(run):
+        os.kill(warden, signal.SIGSTOP)
+    try:
+        run.kill(reason="meanwhile")
+        eventually(lambda: len(unsaid) == 2, "why, and the signal")
+        assert run._live.contained._control is None
+    finally:
+        os.kill(warden, signal.SIGCONT)
     outcome = run.wait(DEADLINE)
     assert outcome is not None
     assert (outcome.reason, outcome.detail) == (Reason.KILLED, "meanwhile")
@@ -599,6 +622,7 @@ def test_behind_the_exit_of_the_main_process_it_comes_back_too(
     assert outcome is not None
     assert (outcome.reason, outcome.returncode) == (Reason.EXITED, 0)
     assert outcome.stdout == b"first\nlast\n"
+    assert len(outcome.leftovers) == 1
 
 
 def test_who_comes_back_to_another_owner_watches_and_owns_it_again_behind_that_one(
@@ -638,18 +662,8 @@ def test_a_watcher_that_comes_back_when_the_owner_has_gone_does_its_work(
     live = run._live
     assert live is not None
     eventually(lambda: live._overdue, "the time is over")
-    control, busy, goes_on = live.contained._control, threading.Event(), threading.Event()
-    assert control is not None
-    live.contained._loop.post(lambda: (busy.set(), goes_on.wait(DEADLINE)))
-    try:
-        assert busy.wait(DEADLINE)
-        control.send(b"nonsense")
-        poller = select.poll()
-        poller.register(control, 0)
-        assert poller.poll(DEADLINE * 1000), "the warden lets go of it"
+    with unaware(run):
         first.kill()
-    finally:
-        goes_on.set()
     outcome = run.wait(DEADLINE)
     assert outcome is not None
     assert (outcome.reason, outcome.detail) == (Reason.TIMEOUT, "not done after 0.01 s")

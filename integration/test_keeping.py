@@ -880,12 +880,16 @@ def test_cancel_without_an_owner(run: Run, actors: str) -> None:
 
 
 def test_cancel_of_what_has_exited(run: Run, gate: Gate) -> None:
-    owner = run.start(leaves(gate))
+    """It is ended because of that, and yet has ended by itself."""
+    plan = (Stage(signal.SIGCONT, DEADLINE), Stage(signal.SIGKILL, DEADLINE))
+    owner = run.start(leaves(gate), plan=plan)
     owner.until(Type.EXITED)
     watcher = run.attached()
     owner.close()
     eventually(lambda: watcher.attach().values[0] == 0, "nobody owns it")
     watcher.plain(Type.CANCEL)
+    assert ending(watcher) is Cause.CANCELLED
+    gate.open()
     watcher.until(Type.EMPTY)
     assert run.wait()[:2] == (0, Cause.ITSELF)
 
