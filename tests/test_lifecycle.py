@@ -102,7 +102,7 @@ def timers(world: World) -> Iterator[tuple[Event, dict[str, Any]]]:
 
 def settles(state: State, event: Event, payload: dict[str, Any]) -> bool:
     """A survey that sees nobody proves nothing: what is there may hide."""
-    if event is Event.KILL:
+    if event in (Event.KILL, Event.DETACHED):
         return state is State.NEW
     if event is Event.SURVEYED:
         return bool(payload["survivors"])
@@ -315,6 +315,12 @@ def test_who_lets_go_of_a_tree_gets_what_it_has_written_so_far_and_signals_nobod
     assert actions[1] == (Action.DRAIN, True)
     actions = life.handle(Event.STREAM_ENDED)
     assert kinds(actions) == [Action.CLOSE, Action.PUBLISH]
+    assert life.reason is Reason.DETACHED
+
+
+def test_what_was_not_made_when_it_was_let_go_of_is_not_made():
+    life = life_in(State.NEW, streams=1)
+    assert kinds(life.handle(Event.DETACHED)) == [Action.CLOSE, Action.PUBLISH]
     assert life.reason is Reason.DETACHED
 
 

@@ -394,6 +394,10 @@ def _detached(life: Lifecycle) -> State:
     return State.DRAINING
 
 
+def _detached_new(life: Lifecycle) -> State:
+    return _kill_new(life, Reason.DETACHED, "", None)
+
+
 def _empty(life: Lifecycle) -> State:
     life.empty = True
     life.survivors = ()
@@ -474,6 +478,7 @@ TABLE: dict[tuple[State, Event], Rule] = {
     (State.NEW, Event.SPAWNED): _spawned,
     (State.NEW, Event.KILL): _kill_new,
     (State.NEW, Event.START_FAILED): _start_failed,
+    (State.NEW, Event.DETACHED): _detached_new,
     (State.STARTING, Event.STARTED): _started,
     (State.STARTING, Event.START_FAILED): _start_failed,
     (State.STARTING, Event.KILL): _kill_starting,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import enum
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from proctree.fifos import Fifo, is_fifo
 from proctree.loop import Loop
 from proctree.output import (
     DEFAULT_CAPTURE,
@@ -146,13 +147,37 @@ class ChildEnds:
 
     def __init__(self) -> None:
         self._open: list[int] = []
+        self._fifos: dict[Any, Fifo] = {}
 
     def add(self, fd: int) -> int:
         self._open.append(fd)
         return fd
 
+    def open_fifos(self, wanted: Iterable[tuple[Any, int]], then: Callable[[], None]) -> int:
+        """Has those opened that are FIFOs; `then` is called for each of them, on another thread.
+
+        Args:
+            wanted: what `open_file` will be asked for: paths, and how they are opened; what is no
+                path is left out.
+
+        Returns:
+            How many.
+
+        Raises:
+            RuntimeError: there is no thread for one.
+        """
+        for path, flags in wanted:
+            if isinstance(path, os.PathLike) and is_fifo(path):
+                self._fifos[path, flags] = Fifo(path, flags)
+        for fifo in tuple(self._fifos.values()):
+            fifo.open(then)
+        return len(self._fifos)
+
     def open_file(self, path: Any, flags: int, mode: int = 0o666) -> int:
         """Raises OSError, which names the file."""
+        fifo = self._fifos.pop((path, flags & os.O_ACCMODE), None)
+        if fifo is not None:
+            return self.add(fifo.take())
         return self.add(fds.above_stdio(os.open(path, flags | os.O_CLOEXEC, mode)))
 
     def movable(self, fd: int, target: int) -> int:
@@ -165,6 +190,8 @@ class ChildEnds:
     def close(self) -> None:
         while self._open:
             os.close(self._open.pop())
+        while self._fifos:
+            self._fifos.popitem()[1].abandon()
 
 
 def line_callback(
@@ -249,6 +276,11 @@ class Streams:
     def outputs(self) -> int:
         """How many output streams will report their end."""
         return _is_piped(self._stdout) + _is_piped(self._stderr)
+
+    def open_fifos(self, then: Callable[[], None]) -> int:
+        """As `ChildEnds.open_fifos`."""
+        wanted = ((self._stdin, os.O_RDONLY), (self._stdout, os.O_WRONLY))
+        return self._child_ends.open_fifos((*wanted, (self._stderr, os.O_WRONLY)), then)
 
     # -- in the starting thread, with the descriptor lock held
 
@@ -367,6 +399,7 @@ class Streams:
             self._input.close()
 
     def close(self) -> None:
+        self.close_child_ends()
         self.close_input()
         for stream in self._streams.values():
             stream.close()

@@ -62,6 +62,11 @@ class StandardStreams(Protocol):
         """How many output streams will report their end."""
         ...
 
+    def open_fifos(self, then: Callable[[], None]) -> int:
+        """Before `open`: what has to be waited for. `then` is called so often as is answered, on
+        any thread."""
+        ...
+
     def open(self) -> tuple[int | None, int | None, int | None]:
         """With the descriptor lock held; returns what the child's 0, 1 and 2 are to be."""
         ...
@@ -139,6 +144,8 @@ class Tree:
         self.life = Lifecycle(policy, leftovers, streams.outputs, drain_timeout)
         # Taking the token is one atomic step, so that only one launch wins.
         self._token = [object()]
+        self._fifos = 0
+        """How many are waited for before there is a process."""
         self._made = False
         self._defective = False
         self._deferred: list[Stage] = []
@@ -218,7 +225,8 @@ class Tree:
         loop.post(lambda: self.happened(Event.KILL, **payload, left=self._stage_left()))
 
     def detach(self) -> None:
-        """Lets go of a tree that is kept; what is under way of its end goes on."""
+        """Lets go of a tree that is kept; what is under way of its end goes on. One that is not made
+        yet is not made; while it is being made this does nothing."""
         self._loop.post(lambda: self.happened(Event.DETACHED))
 
     def signal(self, stage: Stage) -> None:
@@ -252,6 +260,22 @@ class Tree:
             return  # killed first
         self._began = time.monotonic()
         _alive.add(self)
+        try:
+            self._fifos = self._streams.open_fifos(lambda: self._loop.post(self._fifo_opened))
+        except RuntimeError as error:
+            self.could_not_start(error, str(error))
+            return
+        if self._timeout is not None:
+            self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
+        if self._fifos == 0:
+            self._make()
+
+    def _fifo_opened(self) -> None:
+        self._fifos -= 1
+        if self._fifos == 0 and self.life.state is State.NEW:
+            self._make()
+
+    def _make(self) -> None:
         self.happened(Event.SPAWNED)
         try:
             with fds.making():
@@ -279,8 +303,6 @@ class Tree:
     def _watch(self) -> None:
         if self._channel is not None:
             self._channel.start()
-        if self._timeout is not None:
-            self._timeout_timer = self._loop.call_later(self._timeout, self._timed_out)
         self.contained.attach(self._loop, self)
 
     def _timed_out(self) -> None:

@@ -274,6 +274,10 @@ class Followed:
         """There is none."""
         return None
 
+    def open_fifos(self, then: Callable[[], None]) -> int:
+        """As `ChildEnds.open_fifos`."""
+        return self._child_ends.open_fifos([(self._stdin, os.O_RDONLY)], then)
+
     # -- with the descriptor lock held
 
     def open(self) -> tuple[int | None, int | None, int | None]:
@@ -367,6 +371,7 @@ class Followed:
         """Nobody feeds it."""
 
     def close(self) -> None:
+        self.close_child_ends()
         for file in self._files.values():
             file.close()
         if self._cursor is not None:

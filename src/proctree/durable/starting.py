@@ -167,6 +167,7 @@ def _launch(tree: _tree.Tree, *, keep: bool) -> None:
         tree.started.wait()
     except BaseException:
         if keep:
+            tree.detach()  # should it wait for a FIFO
             tree.started.wait()
             tree.detach()
         else:
