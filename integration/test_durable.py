@@ -498,7 +498,8 @@ def test_an_ending_that_a_dead_owner_has_begun_is_carried_through(
     store: FileStore, tmp_path: Path, supervise: Start
 ) -> None:
     """And who comes meanwhile waits for it, and makes another attempt."""
-    stubborn = ["sh", "-c", "trap 'echo asked' TERM; echo ready; while :; do sleep 1000 & wait; done"]
+    text = "trap 'echo asked' TERM; echo ready; while :; do sleep 1000 & wait; done"
+    stubborn = ["sh", "-c", text]
     first = supervise(stubborn, lease=600.0, policy=[[15, 0.2], [9, 30.0]])
     first.hear_until(lambda: first.lines == ["ready"])
     first.tell("run.kill(KillPolicy((Stage(15, 600.0), Stage(9, 30.0))))")

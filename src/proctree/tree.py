@@ -225,8 +225,8 @@ class Tree:
         loop.post(lambda: self.happened(Event.KILL, **payload, left=self._stage_left()))
 
     def detach(self) -> None:
-        """Lets go of a tree that is kept; what is under way of its end goes on. One that is not made
-        yet is not made; while it is being made this does nothing."""
+        """Lets go of a tree that is kept; what is under way of its end goes on. One that is not
+        made yet is not made; while it is being made this does nothing."""
         self._loop.post(lambda: self.happened(Event.DETACHED))
 
     def signal(self, stage: Stage) -> None:

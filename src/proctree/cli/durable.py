@@ -9,6 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from proctree import durable
+from proctree.cli.run import (
+    ENDING_SIGNALS,
+    EXIT_NOT_EXECUTABLE,
+    EXIT_NOT_FOUND,
+    EXIT_OURS,
+    exit_status,
+)
 from proctree.durable import FileStore, runs
 from proctree.durable.wish import to_wish
 from proctree.errors import ProctreeError
@@ -19,13 +26,6 @@ from proctree.stdio import Stdio
 if TYPE_CHECKING:
     from proctree.durable import Run
     from proctree.outcome import Outcome
-
-EXIT_TIMEOUT = 124
-EXIT_OURS = 125
-EXIT_NOT_EXECUTABLE = 126
-EXIT_NOT_FOUND = 127
-
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class _Interrupted(BaseException):
@@ -86,15 +86,6 @@ def _wait_for(begin: Callable[[], Run], keep: bool, who: str) -> tuple[int, Outc
         print(f"{who}: detached; it runs on (pid {run.pid})", file=sys.stderr)
         return 128 + signals.got, outcome
     return exit_status(outcome), outcome
-
-
-def exit_status(outcome: Outcome) -> int:
-    """As timeout(1) has it; 125 for a run that was lost."""
-    if outcome.reason is Reason.TIMEOUT:
-        return EXIT_TIMEOUT
-    if outcome.reason is Reason.WARDEN_LOST or outcome.returncode is None:
-        return EXIT_OURS
-    return 128 - outcome.returncode if outcome.returncode < 0 else outcome.returncode
 
 
 def run(

@@ -120,7 +120,7 @@ def _add_durable(parser: ArgumentParser) -> None:
     )
 
 
-def exit_status(ending: Ending) -> int:
+def exit_status(ending: Ending | Outcome) -> int:
     """As timeout(1) has it."""
     if ending.reason is Reason.TIMEOUT:
         return EXIT_TIMEOUT

@@ -10,7 +10,7 @@ import threading
 import tty
 from typing import Any
 
-from proctree.process import proof
+from proctree.process import fds, proof
 from proctree.terminal import END_OF_INPUT
 from proctree.watched import WatchedSubprocess
 
@@ -19,9 +19,7 @@ _PIECE = 4096
 
 def write_out(data: bytes) -> None:
     """What the tree's terminal shows, to our standard output, as it is."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(1, view) :]
+    fds.write_all(1, data)
 
 
 class Relay:

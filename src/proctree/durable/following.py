@@ -12,8 +12,8 @@ What is captured is read from the beginning every time, and moves no cursor.
 from __future__ import annotations
 
 import errno
+import functools
 import os
-import select
 import stat
 from collections.abc import Callable
 from typing import Any
@@ -113,23 +113,6 @@ def to_stdin(value: Any) -> Any:
 # -- delivering, on the worker
 
 
-def _copy_to(fd: int) -> Callable[[bytes], None]:
-    """For `INHERIT`: writes everything."""
-
-    def write(data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(fd, view) :]
-            except BlockingIOError:
-                # Whoever shares our standard output may have made it non-blocking.
-                poller = select.poll()
-                poller.register(fd, select.POLLOUT)
-                poller.poll()
-
-    return write
-
-
 class _Delivery:
     """Hands one stream to the user's code, and moves the cursor behind it."""
 
@@ -145,7 +128,7 @@ class _Delivery:
         self._finish: Callable[[], None] | None = None
         errors = tree.callback_errors
         if wanted is Stdio.INHERIT:
-            copy = _copy_to(STREAMS.index(name) + 1)
+            copy = functools.partial(fds.write_all, STREAMS.index(name) + 1)
             deliver, _ = chunk_delivery(copy, name, errors)
         elif isinstance(wanted, Chunks):
             deliver, _ = chunk_delivery(wanted.callback, name, errors)

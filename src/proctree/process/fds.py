@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import threading
 from collections.abc import Callable
 
@@ -66,14 +67,26 @@ def pipe() -> tuple[int, int]:
     return above_stdio(reader), above_stdio(writer)
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Writes everything, and waits for whoever reads it."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            # O_NONBLOCK belongs to the open file: whoever else has it may have set that, as an ssh
+            # that shares our terminal does.
+            room = select.poll()
+            room.register(fd, select.POLLOUT)
+            room.poll()
+
+
 def memory(data: bytes) -> int:
     """A close-on-exec descriptor, above the standard streams, of a file in memory that holds
     `data` (memfd_create(2))."""
     fd = above_stdio(os.memfd_create("proctree", os.MFD_CLOEXEC))
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        write_all(fd, data)
     except BaseException:
         os.close(fd)
         raise
