@@ -21,7 +21,8 @@ import structlog
 
 from integration.conftest import DEADLINE, in_thread
 from integration.dying import Child, children
-from proctree.durable import directory, files, folders, meeting
+from proctree.containment import meeting
+from proctree.durable import directory, files, folders
 from proctree.durable.directory import FileStore
 from proctree.durable.errors import StillRunning, StoreUnusable, UnknownKey
 from proctree.durable.recording import Exit, Request

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from proctree import durable
-from proctree.cli.run import (
+from proctree.cli.statuses import (
     ENDING_SIGNALS,
     EXIT_NOT_EXECUTABLE,
     EXIT_NOT_FOUND,

@@ -9,6 +9,13 @@ from argparse import REMAINDER, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from proctree.cli.statuses import (
+    ENDING_SIGNALS,
+    EXIT_NOT_EXECUTABLE,
+    EXIT_NOT_FOUND,
+    EXIT_OURS,
+    exit_status,
+)
 from proctree.containment import NAMES
 from proctree.errors import ProctreeError
 from proctree.policy import KillPolicy, Leftovers
@@ -17,14 +24,6 @@ from proctree.watched import WatchedSubprocess
 
 if TYPE_CHECKING:
     from proctree.outcome import Outcome
-
-EXIT_TIMEOUT = 124
-EXIT_OURS = 125
-EXIT_NOT_EXECUTABLE = 126
-EXIT_NOT_FOUND = 127
-
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -118,17 +117,6 @@ def _add_durable(parser: ArgumentParser) -> None:
     durable.add_argument(
         "--any-target", action="store_true", help="reconnect even if KEY had another command"
     )
-
-
-def exit_status(ending: Ending | Outcome) -> int:
-    """As timeout(1) has it."""
-    if ending.reason is Reason.TIMEOUT:
-        return EXIT_TIMEOUT
-    if ending.reason is Reason.WARDEN_LOST or ending.returncode is None:
-        return EXIT_OURS
-    if ending.returncode < 0:
-        return 128 - ending.returncode
-    return ending.returncode
 
 
 def _write_json(path: str, outcome: Outcome) -> None:

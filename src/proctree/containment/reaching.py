@@ -16,14 +16,12 @@ import time
 from typing import NamedTuple
 
 from proctree import protocol
+from proctree.containment.meeting import connect
 from proctree.errors import errno_name
 from proctree.process import fds
 from proctree.protocol import ProtocolError, Type
 
-SOCKET_NAME = "control"
-
 _UCRED = struct.Struct("=iII")
-_BUSY_SECONDS = 0.005
 
 
 class Link(NamedTuple):
@@ -65,12 +63,9 @@ def reach(place: str, *, own: bool, timeout: float) -> Link:
         OSError: something else; `errno.EUSERS`: as many are attached as can be.
     """
     deadline = time.monotonic() + timeout
-    with fds.making():
-        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        control = socket.socket(fileno=fds.own(fds.above_stdio(control.detach())))
+    control = connect(place, timeout)
     pidfd = -1
     try:
-        _connect(control, place, deadline)
         warden = _peer(control)
         pidfd = _open(warden)
         control.send(protocol.encode_attach(own=own))
@@ -81,22 +76,6 @@ def reach(place: str, *, own: bool, timeout: float) -> Link:
             fds.close(pidfd)
         raise
     return Link(control, warden, pidfd, bool(flags & protocol.ATTACHED_OWNER), owner, ending)
-
-
-def _connect(control: socket.socket, place: str, deadline: float) -> None:
-    # By way of a descriptor of the directory: an address has room for 108 bytes only (unix(7)).
-    folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        while True:
-            try:
-                control.connect(f"/proc/self/fd/{folder}/{SOCKET_NAME}")
-                return
-            except BlockingIOError:  # EAGAIN: as many wait there as may; nothing tells when not
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(errno.ETIMEDOUT, "too many wait to attach", place) from None
-                time.sleep(_BUSY_SECONDS)
-    finally:
-        os.close(folder)
 
 
 def _peer(control: socket.socket) -> int:

@@ -14,7 +14,8 @@ import time
 from typing import TYPE_CHECKING
 
 from proctree import events
-from proctree.durable import files, folders, meeting, recording
+from proctree.containment import meeting
+from proctree.durable import files, folders, recording
 from proctree.durable.errors import StillRunning, StoreUnusable, UnknownKey
 from proctree.durable.files import step
 from proctree.durable.folders import KeyDirectory

@@ -39,7 +39,6 @@ HANDLE = "handle"
 CANCELLED = "cancelled"
 OUT = "out.log"
 ERR = "err.log"
-CONTROL = "control"
 
 _ATTEMPT = re.compile(r"([1-9][0-9]{0,17})")
 _BEGINNING = re.compile(r"\.([1-9][0-9]{0,17})\.new")

@@ -11,16 +11,17 @@ import os
 import socket
 import time
 
-from proctree.durable import files
-from proctree.durable.folders import CONTROL
 from proctree.process import fds
+
+SOCKET_NAME = "control"
+"""In the directory of an attempt."""
 
 BACK_OFF = 0.005
 """Seconds between two tries."""
 
 
 def _address(directory: int) -> str:
-    return f"/proc/self/fd/{directory}/{CONTROL}"
+    return f"/proc/self/fd/{directory}/{SOCKET_NAME}"
 
 
 def _socket() -> socket.socket:
@@ -61,7 +62,8 @@ def connect(place: str, patience: float) -> socket.socket:
         OSError: what else may go wrong.
     """
     due = time.monotonic() + patience
-    with files.opened(place) as directory:
+    directory = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
         sock = _socket()
         try:
             while True:
@@ -72,9 +74,11 @@ def connect(place: str, patience: float) -> socket.socket:
                     if time.monotonic() >= due:
                         text = f"the warden did not accept the connection within {patience:g} s"
                         raise TimeoutError(
-                            errno.ETIMEDOUT, text, os.path.join(place, CONTROL)
+                            errno.ETIMEDOUT, text, os.path.join(place, SOCKET_NAME)
                         ) from None
                     time.sleep(BACK_OFF)
         except BaseException:
             fds.close(sock.detach())
             raise
+    finally:
+        os.close(directory)
