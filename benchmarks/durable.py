@@ -179,7 +179,7 @@ def _below(what: str, seconds: float, limit: float) -> Row:
 def _running(store: str, argv: list[str], unread: int) -> Iterator[tuple[str, Path]]:
     """A run that nobody is attached to, and the place of its output."""
     key = _fresh()
-    run = durable.start(key, argv, store=store, containment="warden", lease=600)
+    run = durable.start(key, argv, store=store, containment="warden")
     try:
         log = Path(run.place, "out.log")
         due = time.monotonic() + DEADLINE
@@ -210,14 +210,17 @@ def _back(store: str, key: str, place: Path, argv: list[str], to_read: int) -> t
     run = durable.start(key, argv, store=store, containment="warden", logs=(Lines(count), None))
     back = time.perf_counter() - before
     if not run.reconnected:
+        run.kill(KillPolicy.now())
         raise RuntimeError(f"{run!r} was started, and not reconnected to")
-    due = time.monotonic() + DEADLINE
-    while got < lines:
-        if time.monotonic() > due:
-            raise TimeoutError(f"{got} of {lines} lines were delivered")
-        time.sleep(0.001)
-    run.detach()
-    run.wait()
+    try:
+        due = time.monotonic() + DEADLINE
+        while got < lines:
+            if time.monotonic() > due:
+                raise TimeoutError(f"{got} of {lines} lines were delivered")
+            time.sleep(0.001)
+    finally:
+        run.detach()
+        run.wait()
     # As if nobody had read anything.
     (place / "cursor").unlink(missing_ok=True)
     return back, max(back, last - before)
