@@ -582,6 +582,22 @@ def test_there_is_room_for_so_many(run: Run, gate: Gate) -> None:
     assert run.wait().returncode == 3
 
 
+def test_who_says_nothing_does_not_lock_others_out(run: Run, gate: Gate) -> None:
+    run.start(waits(gate))
+    run.main()
+    attached = run.attached()
+    silent = [run.connect() for _ in range(WATCHERS_MAX - 1)]
+    for each in silent[:-1]:  # who has come first goes first, and is told nothing
+        assert run.attached().silent()
+        assert each.rest() == []
+    silent[-1].attach()
+    refused = run.connect()
+    assert fault(refused.receive()) == (errno.EUSERS, "attach")
+    gate.open()
+    assert types(attached.rest()) == [Type.EXITED, Type.EMPTY]
+    assert run.wait().returncode == 3
+
+
 FOREIGNER = """
 import os, sys
 from integration.keepers import Client

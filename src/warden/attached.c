@@ -141,12 +141,21 @@ static struct failure admit(struct peer *peer)
     return peer->pidfd < 0 ? failed(STEP_ATTACH) : (struct failure){0, 0};
 }
 
+/* Of those that have not attached, who has been silent for longest gives its place to who comes: so a
+ * program that connects and then hangs does not lock others out.  One that was just about to say
+ * something finds its connection reset, and comes again. */
 static struct peer *free_place(struct warden *w)
 {
-    EACH_PEER(w, peer)
+    struct peer *silent = NULL;
+    EACH_PEER(w, peer) {
         if (!peer->fd)
             return peer;
-    return NULL;
+        if (!peer->attached && (!silent || peer->came < silent->came))
+            silent = peer;
+    }
+    if (silent)
+        peer_drop(silent);
+    return silent;
 }
 
 static void accept_one(struct warden *w)
@@ -158,14 +167,15 @@ static void accept_one(struct warden *w)
             w->listen_due = now_ms() + ACCEPT_PAUSE_MS;
         return;
     }
-    struct peer *place = free_place(w);
     struct failure failure = admit(&peer);
+    struct peer *place = failure.error ? NULL : free_place(w);
     if (!failure.error && !place)
         failure = (struct failure){.error = EUSERS, .step = STEP_ATTACH};
     if (failure.error) {
         peer_refuse(&peer, failure);
         peer_close(&peer);
     } else {
+        peer.came = ++w->came;
         *place = peer;
     }
 }

@@ -97,6 +97,7 @@ struct peer {
     pid_t pid;
     uid_t uid;
     bool attached;
+    uint64_t came;  /* since this turn of all that have */
     uint64_t waits; /* for the ownership, since this turn of all that do; 0: it does not */
 };
 
@@ -131,7 +132,7 @@ struct warden {
 
     /* What a durable warden knows besides. */
     struct peer *watchers; /* WATCHERS_MAX of them, in pages that no other warden touches */
-    uint64_t waits; /* the last that was given out */
+    uint64_t came, waits; /* the last that were given out */
     int64_t listen_due;
     uint64_t lease_ms; /* as in struct message_keep */
     int lease_timer; /* of a strict lease; else 0 */
