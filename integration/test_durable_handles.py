@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from integration.conftest import DEADLINE, eventually
-from proctree import KillPolicy, durable
+from proctree import CAPTURE, KillPolicy, durable
 from proctree.containment import reaching
 from proctree.durable import Attempt, FileStore, Run
 
@@ -50,6 +50,26 @@ def test_who_has_let_go_of_a_run_keeps_nothing_of_it(store: FileStore) -> None:
         come_and_go()
     assert descriptors() <= before + 2  # of what other threads are busy with
     end(run)
+
+
+def test_who_only_comes_to_look_ends_no_leftovers_that_are_waited_for(
+    store: FileStore, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    command = ["sh", "-c", f"(read x < {gate}; echo last) & echo first"]
+    run = durable.start("key", command, store=store, leftovers="wait")
+    assert run._live is not None
+    life = run._live.tree.life
+    eventually(lambda: life.main_exited, "the main process exits")
+    run.detach()
+    assert run.wait(DEADLINE) is not None
+    again = durable.attach("key", store=store, logs=CAPTURE)
+    eventually(lambda: again.owned, "the first connection is gone")
+    gate.write_text("go\n")
+    outcome = again.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.stdout == b"first\nlast\n"
 
 
 def test_a_handle_answers_for_its_own_run_and_not_for_the_next_of_that_number(

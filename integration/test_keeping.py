@@ -395,7 +395,7 @@ def test_a_new_owner_decides_about_leftovers(run: Run, gate: Gate) -> None:
     owner.until(Type.EXITED)
     heir = run.attached(own=True)
     owner.close()
-    assert heir.until(Type.ATTACHED).flags == protocol.ATTACHED_OWNER
+    assert heir.until(Type.ATTACHED).flags == protocol.ATTACHED_OWNER | protocol.ATTACHED_ENDS
     assert ending(heir) is None
     heir.plain(Type.LIST, 5)
     assert heir.until(Type.MEMBERS).values[0] == 1

@@ -62,6 +62,7 @@ NUMBERS = [
     "MEMBERS_MORE",
     "ATTACH_OWN",
     "ATTACHED_OWNER",
+    "ATTACHED_ENDS",
     "PROTOCOL_NOTE_MAX",
     "sizeof(struct message_members)",
     "offsetof(struct message_members, count)",
@@ -178,6 +179,7 @@ def test_limits(c):
     assert c["MEMBERS_MORE"] == protocol.MEMBERS_MORE
     assert c["ATTACH_OWN"] == protocol.ATTACH_OWN
     assert c["ATTACHED_OWNER"] == protocol.ATTACHED_OWNER
+    assert c["ATTACHED_ENDS"] == protocol.ATTACHED_ENDS
     assert c["PROTOCOL_NOTE_MAX"] == protocol.NOTE_MAX
 
 

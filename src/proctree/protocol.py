@@ -54,6 +54,7 @@ STAGE_ENDING = 4
 MEMBERS_MORE = 1
 ATTACH_OWN = 1
 ATTACHED_OWNER = 1
+ATTACHED_ENDS = 2
 NOTE_MAX = 236
 """Bytes that a note may have."""
 

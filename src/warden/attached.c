@@ -87,7 +87,8 @@ static struct message_attached state_for(const struct warden *w, uint32_t serial
         .ending = w->ending,
     };
     header_init(&message.header, MESSAGE_ATTACHED, serial);
-    message.header.flags = owner ? ATTACHED_OWNER : 0;
+    message.header.flags = (uint16_t)((owner ? ATTACHED_OWNER : 0) |
+                                      (w->options.end_leftovers ? ATTACHED_ENDS : 0));
     return message;
 }
 

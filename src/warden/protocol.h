@@ -103,6 +103,7 @@ enum cause {
 #define MEMBERS_MORE 1u     /* another MEMBERS message with the same serial follows */
 #define ATTACH_OWN 1u       /* the sender wants to be the owner */
 #define ATTACHED_OWNER 1u   /* the receiver is the owner now */
+#define ATTACHED_ENDS 2u    /* what the main process leaves behind is to be ended */
 
 struct message_header {
     uint8_t version;

@@ -32,6 +32,7 @@ class Link(NamedTuple):
         warden, pidfd: the warden.
         owned: whether we are the owner now.
         owner: the owner's pid, or 0.
+        ends: whether what its main process leaves behind is to be ended.
         ending: 0, or 1 + `recording.Cause` when the warden is ending the tree by itself.
     """
 
@@ -40,6 +41,7 @@ class Link(NamedTuple):
     pidfd: int
     owned: bool
     owner: int
+    ends: bool
     ending: int
 
     def close(self) -> None:
@@ -75,7 +77,8 @@ def reach(place: str, *, own: bool, timeout: float) -> Link:
         if pidfd >= 0:
             fds.close(pidfd)
         raise
-    return Link(control, warden, pidfd, bool(flags & protocol.ATTACHED_OWNER), owner, ending)
+    owned, ends = bool(flags & protocol.ATTACHED_OWNER), bool(flags & protocol.ATTACHED_ENDS)
+    return Link(control, warden, pidfd, owned, owner, ends, ending)
 
 
 def _peer(control: socket.socket) -> int:

@@ -133,7 +133,10 @@ def attached(
         request.tree_id, link, request.containment, request.cgroup or None
     )
     contained.place = attempt.place
-    leftovers = Leftovers.KILL if wish is None else wish.leftovers
+    if wish is not None:
+        leftovers = wish.leftovers
+    else:
+        leftovers = Leftovers.KILL if link.ends else Leftovers.WAIT
     followed = Followed(None, logs, attempt.place, writes=False, cursor=link.owned)
     name = request.target if wish is None else wish.command.name
     command = Command(argv=(), function=None, name=name, cwd=None, env={})
