@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from integration.conftest import DEADLINE, eventually
-from proctree import CAPTURE, KillPolicy, durable
+import proctree
+from integration.conftest import DEADLINE, Lines, eventually, start_supervisor
+from proctree import CAPTURE, KillPolicy, Stage, durable
 from proctree.containment import reaching
 from proctree.durable import Attempt, FileStore, Run
 
@@ -82,6 +84,84 @@ def test_a_handle_answers_for_its_own_run_and_not_for_the_next_of_that_number(
     outcome = run.wait(DEADLINE)
     assert outcome is not None
     assert outcome.returncode == 3
+
+
+# -- who gets no handle lets go
+
+
+def test_a_logger_that_is_none_leaves_nobody_attached(store: FileStore) -> None:
+    run = durable.start("key", SLEEPER, store=store)
+
+    def come() -> None:
+        with pytest.raises(AttributeError):
+            durable.attach("key", store=store, logs=proctree.Log(logger=object()))
+
+    come()
+    before = descriptors()
+    for _ in range(10):
+        come()
+    assert descriptors() <= before + 2  # of what other threads are busy with
+    end(run)
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from proctree import durable, loop
+
+def waits():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame is not None and not frame.f_code.co_filename.endswith("latch.py"):
+        frame = frame.f_back
+    return frame is not None
+
+def interrupt():
+    while not waits():
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    interrupted.wait()
+    gate.set()
+
+def on_signal(*_):
+    interrupted.set()
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, on_signal)
+interrupted, gate = threading.Event(), threading.Event()
+if sys.argv[2] == "attach":
+    loop.get().post(gate.wait)  # busy until the interrupt has come
+threading.Thread(target=interrupt).start()
+try:
+    getattr(durable, sys.argv[2])("key", store=sys.argv[1])
+except KeyboardInterrupt:
+    os.write(1, b"interrupted\\n")
+sys.stdin.read()
+"""
+
+
+def sockets(pid: int) -> int:
+    """How many SOCK_SEQPACKET sockets it has: it supervises nothing else."""
+    inodes = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    kinds = {f"socket:[{line.split()[6]}]": line.split()[4] for line in lines}
+    return sum(kinds.get(inode) == "0005" for inode in inodes)
+
+
+@pytest.mark.parametrize("call", ["attach", "cancel"])
+def test_an_interrupted_caller_does_not_stay_attached(store: FileStore, call: str) -> None:
+    stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1000; done"]
+    patient = KillPolicy((Stage(15, 600.0), Stage(9, 30.0)))
+    lines = Lines()
+    run = durable.start("key", stubborn, store=store, kill=patient, logs=proctree.Lines(lines))
+    lines.wait_for(1)
+    with start_supervisor(INTERRUPTED, store.path, call) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "interrupted\n"
+        eventually(lambda: sockets(other.pid) == 0, "its connection is gone")
+        other.communicate(timeout=DEADLINE)
+    end(run)
 
 
 # -- what ends, or begins, while somebody comes

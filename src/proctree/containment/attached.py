@@ -38,6 +38,13 @@ class AttachedContained(WardenContained):
         self._warden, self._pidfd = self._link.warden, self._link.pidfd
         self.owns = self._link.owned
 
+    def give_back(self) -> bool:
+        """Closes the connection if nothing was launched that could, and returns whether it did."""
+        if self._warden >= 0:
+            return False
+        self._link.close()
+        return True
+
     def _reap(self) -> bool:
         if not self._reaped:
             if not self._has_ended():

@@ -23,6 +23,7 @@ from proctree.durable.table import Found
 from proctree.durable.wish import Wish
 from proctree.errors import errno_name
 from proctree.policy import Leftovers
+from proctree.tree import Tree
 
 PATIENCE = 60.0
 """Seconds that a tree which is just starting or ending may take to do so."""
@@ -144,9 +145,7 @@ def attached(
     run = make(key, attempt, request, reconnected=True, store=store)
     timeout = None if wish is None else wish.timeout
     live = run._live = Live(tree, contained, followed, timeout, leftovers)
-    loop = _loop.get()
-    tree.launch(loop)
-    tree.started.wait()
+    _launch(tree, contained)
     live.arm()
     events.debug(
         "durable.reconnected",
@@ -156,6 +155,22 @@ def attached(
         owned=link.owned,
     )
     return run
+
+
+def _launch(tree: Tree, contained: AttachedContained) -> None:
+    """Without a handle nobody would let go of it, and who is attached keeps the run alive."""
+    try:
+        tree.launch(_loop.get())
+        tree.started.wait()
+    except BaseException:
+        tree.started.wait()
+        tree.detach()
+        tree.closed.wait()
+        raise
+    if tree.start_error is not None:
+        tree.closed.wait()
+        if contained.give_back():
+            raise tree.start_error
 
 
 def recorded(attempt: Attempt, key: str, logs: Any, store: FileStore) -> Run:

@@ -113,7 +113,11 @@ def cancel(key: str, timeout: float | None, store: FileStore) -> Outcome | None:
             live = run._live
             assert live is not None
             live.contained.cancel()
-            outcome = run.wait(timeout)
+            try:
+                outcome = run.wait(timeout)
+            except BaseException:
+                run.detach()
+                raise
             if outcome is None:
                 run.detach()
                 raise TimeoutError(
