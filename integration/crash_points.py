@@ -23,7 +23,9 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from proctree.process.prctl import LibcPrctl
@@ -368,3 +370,63 @@ class Zygote:
             assert file is not None
             file.close()
         self._process.wait()
+
+
+ZYGOTES = 2
+"""Each tries one point at a time."""
+
+LEAST = 0.5
+"""Of the points how many have to be reached: how often the threads of a supervisor meet, and so how
+many calls they make, differs from run to run."""
+
+
+@contextlib.contextmanager
+def zygotes(parts: ModuleType, folder: Path) -> Iterator[list[Zygote]]:
+    """Some that know what the scenarios of a module need, as its `learn` says."""
+    made: list[Zygote] = []
+    try:
+        for number in range(ZYGOTES):
+            runtime = folder / str(number)
+            runtime.mkdir()
+            made.append(Zygote(parts.__name__, XDG_RUNTIME_DIR=str(runtime)))
+            made[-1].call(parts.learn, str(runtime))
+        yield made
+    finally:
+        for zygote in made:
+            zygote.close()
+
+
+def each(
+    zygotes: list[Zygote], function: Callable[..., Any], points: list[tuple[Any, ...]]
+) -> list[Any]:
+    """`function` for each point, in as many zygotes as there are."""
+    waiting = list(reversed(points))
+    done: list[Any] = []
+
+    def work(zygote: Zygote) -> None:
+        while waiting:
+            point = waiting.pop()
+            try:
+                done.append((point, zygote.call(function, *point)))
+            except Trouble as trouble:
+                done.append((point, {"wrong": [str(trouble)], "calls": 0, "killed": True}))
+
+    with ThreadPoolExecutor(len(zygotes)) as threads:
+        list(threads.map(work, zygotes))
+    return sorted(done, key=lambda point: point[0])
+
+
+def spread(count: int, sample: int) -> list[int]:
+    """That many numbers from 1 to `count`, the ends among them; 0: all."""
+    if sample == 0 or sample >= count or os.environ.get("PROCTREE_CRASH_POINTS") == "all":
+        return list(range(1, count + 1))
+    return sorted({1 + index * (count - 1) // (sample - 1) for index in range(sample)})
+
+
+def failures(tried: list[Any]) -> str:
+    known = names()
+    return "\n".join(
+        f"{point[2:]} ({known.get(got.get('number'), 'no call')} of {got['calls']}): {wrong}"
+        for point, got in tried
+        for wrong in got["wrong"]
+    )

@@ -6,16 +6,14 @@ other scenarios; with the environment variable PROCTREE_CRASH_POINTS=all it is e
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from integration import crash_points, durable_parts
 from integration.conftest import available
-from integration.crash_points import Zygote
+from integration.crash_points import LEAST, Zygote, each, failures, spread
 
 SAMPLES = {
     "start": 0,
@@ -28,15 +26,8 @@ SAMPLES = {
 }
 """How many points are tried by default; 0: all."""
 
-LEAST = 0.5
-"""Of the points how many have to be reached: how often the threads of a supervisor meet, and so how
-many calls they make, differs from run to run."""
-
 BOTH_SAMPLE = 8
 """The same for the supervisor and its warden."""
-
-ZYGOTES = 2
-"""Each tries one point at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -54,50 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def zygotes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Zygote]]:
-    made = []
-    for _ in range(ZYGOTES):
-        folder = tmp_path_factory.mktemp("runtime")
-        made.append(Zygote(durable_parts.__name__, XDG_RUNTIME_DIR=str(folder)))
-        made[-1].call(durable_parts.learn, str(folder))
-    yield made
-    for zygote in made:
-        zygote.close()
-
-
-def each(
-    zygotes: list[Zygote], function: Callable[..., Any], points: list[tuple[Any, ...]]
-) -> list[Any]:
-    """`function` for each point, in as many zygotes as there are."""
-    waiting = list(reversed(points))
-    done: list[Any] = []
-
-    def work(zygote: Zygote) -> None:
-        while waiting:
-            point = waiting.pop()
-            try:
-                done.append((point, zygote.call(function, *point)))
-            except crash_points.Trouble as trouble:
-                done.append((point, {"wrong": [str(trouble)], "calls": 0, "killed": True}))
-
-    with ThreadPoolExecutor(len(zygotes)) as threads:
-        list(threads.map(work, zygotes))
-    return sorted(done, key=lambda point: point[0])
-
-
-def spread(count: int, sample: int) -> list[int]:
-    """That many numbers from 1 to `count`, the ends among them; 0: all."""
-    if sample == 0 or sample >= count or os.environ.get("PROCTREE_CRASH_POINTS") == "all":
-        return list(range(1, count + 1))
-    return sorted({1 + index * (count - 1) // (sample - 1) for index in range(sample)})
-
-
-def failures(tried: list[Any]) -> str:
-    names = crash_points.names()
-    return "\n".join(
-        f"{point[2:]} ({names.get(got.get('number'), 'no call')} of {got['calls']}): {wrong}"
-        for point, got in tried
-        for wrong in got["wrong"]
-    )
+    with crash_points.zygotes(durable_parts, tmp_path_factory.mktemp("zygotes")) as made:
+        yield made
 
 
 @pytest.mark.timeout(1800)
