@@ -124,7 +124,8 @@ class RunElsewhere(Run):
         self._let_go = threading.Event()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
-        """As `Run.wait`. Raises StoreUnusable as well."""
+        """As `Run.wait`. Raises as well: StoreUnusable; UnknownKey: the key was forgotten before it
+        was seen how the run ended."""
         due = None if timeout is None else time.monotonic() + timeout
         while self._outcome is None:
             self._look()
@@ -136,10 +137,8 @@ class RunElsewhere(Run):
         return self._outcome
 
     def _look(self) -> None:
-        for attempt in self._sql.attempts(self.key):
-            if attempt.number == self.number and attempt.exit is not None:
-                self._outcome = outcome_of(attempt.exit, self._request)
-                return
+        if self._is_over(self._sql.attempts(self.key)):
+            return
         if self._let_go.is_set():
             self._outcome = self._ended(Reason.DETACHED, "it runs on")
             return
@@ -147,13 +146,31 @@ class RunElsewhere(Run):
         if claim is None:
             return
         try:
-            last = claim.attempts()[-1:]
-            if not last or last[0].number != self.number or last[0].exit is None:
-                self.lost = True
-                detail = f"{self.host} was not heard of for the length of the lease"
-                self._outcome = self._ended(Reason.SUPERVISOR_LOST, detail)
+            if not self._is_over(claim.attempts()):
+                self._lose(f"{self.host} was not heard of for the length of the lease")
+        except LeaseLost:
+            pass  # we were stopped for that long: it is looked at again
         finally:
             claim.release()
+
+    def _is_over(self, attempts: list[Attempt]) -> bool:
+        for attempt in attempts:
+            # Not by its number: when the key was forgotten, they begin at 1 again.
+            if attempt.request is None or attempt.request.tree_id != self.tree_id:
+                continue
+            if attempt.exit is not None:
+                self._outcome = outcome_of(attempt.exit, self._request)
+            elif attempt is not attempts[-1]:
+                self._lose("another attempt has been made since")
+            return self._outcome is not None
+        raise UnknownKey(
+            f"key {self.key!r}: attempt {self.number} is not recorded any more, and how it ended is "
+            "not known: the key was forgotten"
+        )
+
+    def _lose(self, detail: str) -> None:
+        self.lost = True
+        self._outcome = self._ended(Reason.SUPERVISOR_LOST, detail)
 
     def _ended(self, reason: Reason, detail: str) -> Outcome:
         return Outcome(
