@@ -154,6 +154,31 @@ def test_a_job_that_has_to_be_done_first(heard, tmp_path):
         assert [child.phase for child in supervisor.children()] == ["done", "up"]
 
 
+def test_what_said_that_it_is_ready_was_ready_however_soon_it_exits(heard, tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    exited = threading.Event()
+
+    def on_line(line: str) -> None:
+        # On the thread that looks for the line: it sees "at work" when the main process has exited.
+        if line == "first":
+            gate.write_text("go\n")
+            assert exited.wait(DEADLINE)
+
+    program = f"echo first; read go <{gate}; echo at work"
+    quick = ChildSpec(
+        "quick",
+        ["sh", "-c", program],
+        restart="never",
+        ready=OutputLine("at work"),
+        stdout=proctree.Lines(on_line),
+    )
+    with proctree.subscribe(lambda _event: exited.set(), proctree.MainExited):
+        Supervisor([quick]).run()
+    heard.until_stopped()
+    assert heard.of(ChildReady, ChildEnded) == [("ChildReady", "quick"), ("ChildEnded", "quick")]
+
+
 def test_one_that_cannot_become_ready_stops_those_before_it(heard):
     third = sleeper("third")
     never = ChildSpec(

@@ -20,7 +20,7 @@ from proctree.policy import KillPolicy
 from proctree.records import Reason
 from proctree.supervisor.notify_socket import NotifySocket
 from proctree.supervisor.probing import Probing
-from proctree.supervisor.readiness import Completed, Notified
+from proctree.supervisor.readiness import Completed, Matcher, Notified
 from proctree.supervisor.tail import Tail
 from proctree.supervisor.watchdog import Watchdog
 from proctree.transitions import TreeEnded, TreeStarted
@@ -84,6 +84,7 @@ class Attempt:
         self._owner = owner
         self._tail = tail
         self._probing = probing
+        self._matcher: Matcher | None = None
         self.over = False
         self._extended = 0.0
         self._socket: NotifySocket | None = None
@@ -181,6 +182,7 @@ class Attempt:
         matcher = None if probing is None else probing.matcher
         if probing is None or matcher is None:
             return
+        self._matcher = matcher
         cutters = {stream: LineCutter() for stream in ("stdout", "stderr")}
 
         def look(stream: str, data: bytes) -> None:
@@ -307,7 +309,7 @@ class Attempt:
         ready = self.spec.ready
         for captured in (outcome.stdout, outcome.stderr):
             self._tail.feed(captured or b"")
-        if isinstance(ready, Completed) and not self._ending and self.succeeded(outcome):
+        if not self._ending and not self.ready and self._was_ready(outcome):
             self._be_ready()
         by_itself = outcome.reason in (Reason.EXITED, Reason.SIGNALED)
         if ready is not None and not self.ready and by_itself:
@@ -316,6 +318,13 @@ class Attempt:
         self.outcome = outcome
         self.why = str(self.error) if self.error is not None else _say(outcome)
         self._end()
+
+    def _was_ready(self, outcome: Outcome) -> bool:
+        """What shows at the end only: it has completed; or it said so, and had exited before
+        anybody came to read that."""
+        if isinstance(self.spec.ready, Completed):
+            return self.succeeded(outcome)
+        return self._matcher is not None and self._matcher.matched
 
     def succeeded(self, outcome: Outcome) -> bool:
         """Whether the spec takes that for a success."""

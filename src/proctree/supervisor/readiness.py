@@ -284,19 +284,24 @@ Readiness = Polled | OutputLine | Notified | Completed
 
 class Matcher:
     """Looks for an `OutputLine` in the lines of one tree. On one thread at a time, which should be
-    the worker that the tree's lines are delivered on."""
+    the worker that the tree's lines are delivered on.
+
+    Attributes:
+        matched: whether a line has.
+        trouble: why none has, for people.
+    """
 
     def __init__(self, probe: OutputLine) -> None:
         self._probe = probe
         self._seen = 0
-        self._matched = False
+        self.matched = False
         self.trouble = "no line has come"
 
     def feed(self, stream: str, line: str) -> bool:
         """Whether this is the first line that matches."""
-        if self._matched or self._probe.stream not in (None, stream):
+        if self.matched or self._probe.stream not in (None, stream):
             return False
-        self._matched = self._probe.pattern.search(line[:LINE_MAX]) is not None
+        self.matched = self._probe.pattern.search(line[:LINE_MAX]) is not None
         self._seen += 1
         self.trouble = f"none of {self._seen} lines matched, the last one is {shorten(line)!r}"
-        return self._matched
+        return self.matched
