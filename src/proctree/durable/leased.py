@@ -164,8 +164,8 @@ class RunElsewhere(Run):
                 self._lose("another attempt has been made since")
             return self._outcome is not None
         raise UnknownKey(
-            f"key {self.key!r}: attempt {self.number} is not recorded any more, and how it ended is "
-            "not known: the key was forgotten"
+            f"key {self.key!r}: attempt {self.number} is not recorded any more, and how it ended "
+            "is not known: the key was forgotten"
         )
 
     def _lose(self, detail: str) -> None:
