@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import proctree
-from integration.conftest import DEADLINE, Lines, eventually, start_supervisor
-from proctree import CAPTURE, KillPolicy, Stage, durable
+from integration.conftest import DEADLINE, Lines, eventually, is_alive, start_supervisor
+from proctree import CAPTURE, KillPolicy, Reason, Stage, durable, loop
 from proctree.containment import reaching
 from proctree.durable import Attempt, FileStore, Run
+from proctree.durable.recording import Cause
 
 SLEEPER = ["sleep", "1000"]
 
@@ -162,6 +163,47 @@ def test_an_interrupted_caller_does_not_stay_attached(store: FileStore, call: st
         eventually(lambda: sockets(other.pid) == 0, "its connection is gone")
         other.communicate(timeout=DEADLINE)
     end(run)
+
+
+# -- whose connection breaks
+
+
+def break_connection(run: Run) -> None:
+    """Nonsense has the warden let go of us, much as it lets go of who does not read."""
+    assert run._live is not None
+    contained = run._live.contained
+    loop.get().post(lambda: contained._say(b"nonsense"))
+
+
+def test_an_owner_that_cannot_come_back_leaves_the_tree_to_its_lease(store: FileStore) -> None:
+    run = durable.start("key", SLEEPER, store=store, lease=1.0)
+    Path(run.place, "control").unlink()
+    break_connection(run)
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.reason is Reason.WARDEN_LOST
+    eventually(lambda: not store.claimed("key"), "the lease runs out")
+    (attempt,) = store.attempts("key")
+    assert attempt.exit is not None
+    assert attempt.exit.cause is Cause.LEASE
+
+
+def test_a_watcher_that_comes_back_as_the_owner_acts_as_one(
+    store: FileStore, tmp_path: Path
+) -> None:
+    gate, left = tmp_path / "gate", tmp_path / "left"
+    os.mkfifo(gate)
+    command = ["sh", "-c", f"setsid sleep 1000 & echo $! > {left}; read x < {gate}; exit 3"]
+    owner = durable.start("key", command, store=store)
+    watcher = durable.start("key", command, store=store)
+    break_connection(watcher)
+    owner.detach()
+    eventually(lambda: watcher.owned, "the watcher owns it")
+    gate.write_text("go\n")
+    outcome = watcher.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.returncode == 3
+    assert not is_alive(int(left.read_text()))
 
 
 # -- what ends, or begins, while somebody comes

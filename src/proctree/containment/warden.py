@@ -546,6 +546,8 @@ class WardenContained(Contained):
                     link.close()
                 return
             if link is None:
+                if not self._has_ended():
+                    self.owns = False  # it keeps its tree, and its lease decides: nothing is swept
                 self._lost = True
                 self._owner.happened(Event.LOST, detail=detail)
                 return
