@@ -17,6 +17,7 @@ from proctree import CAPTURE, KillPolicy, Reason, Stage, durable, loop
 from proctree.containment import reaching
 from proctree.durable import Attempt, FileStore, Run
 from proctree.durable.recording import Cause
+from proctree.lifecycle import State
 
 SLEEPER = ["sleep", "1000"]
 
@@ -204,6 +205,30 @@ def test_a_watcher_that_comes_back_as_the_owner_acts_as_one(
     assert outcome is not None
     assert outcome.returncode == 3
     assert not is_alive(int(left.read_text()))
+
+
+def test_an_owner_that_comes_back_as_a_watcher_acts_as_one(
+    store: FileStore, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    os.mkfifo(first)
+    os.mkfifo(second)
+    command = ["sh", "-c", f"(read x < {second}; echo last) & read x < {first}; exit 3"]
+    owner = durable.start("key", command, store=store, logs=CAPTURE)
+    watcher = durable.start("key", command, store=store, leftovers="wait")
+    break_connection(owner)
+    eventually(lambda: watcher.owned and not owner.owned, "they have changed places")
+    first.write_text("go\n")
+    assert owner._live is not None
+    life = owner._live.tree.life
+    eventually(lambda: life.main_exited, "the main process exits")
+    assert owner.wait(0.1) is None
+    assert life.state is State.RUNNING  # and ends nothing
+    second.write_text("go\n")
+    outcome = owner.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.returncode, outcome.stdout) == (3, b"last\n")
+    assert watcher.wait(DEADLINE) is not None
 
 
 # -- what ends, or begins, while somebody comes

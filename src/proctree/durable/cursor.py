@@ -103,6 +103,10 @@ class Cursor:
         self._writes = True
         self._write()
 
+    def leave(self) -> None:
+        """From now on the file is another one's to write."""
+        self._writes = False
+
     def _write(self) -> None:
         if self._closed:
             return

@@ -341,6 +341,12 @@ class Followed:
         if self._cursor is not None:
             self._tree.worker.post(self._cursor.take_over)
 
+    def leave_cursor(self) -> None:
+        """Another one owns the run now, and moves it. On the loop."""
+        self._moves_cursor = False
+        if self._cursor is not None:
+            self._tree.worker.post(self._cursor.leave)
+
     def drain(self) -> None:
         if self._drained:
             return

@@ -266,6 +266,8 @@ class Live:
         self.tree.life.leftover_policy = watcher_policy(owned, self._leftovers)
         if owned:
             self._became_owner()
+        else:
+            self._followed.leave_cursor()
 
     def _became_owner(self) -> None:
         """The one before us has gone: what it would have done is ours to do."""
