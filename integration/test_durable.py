@@ -970,8 +970,13 @@ def test_standard_input_is_empty_or_what_was_given(store: FileStore, tmp_path: P
 
 def test_both_streams_in_one_file(store: FileStore) -> None:
     command = ["sh", "-c", "echo out; echo err >&2; echo out"]
-    outcome = durable.run("key", command, store=store, stderr=proctree.STDOUT, logs=CAPTURE)
-    assert outcome.stdout == b"out\nerr\nout\n"
+    options: dict[str, Any] = {"store": store, "stderr": proctree.STDOUT, "logs": CAPTURE}
+    run = durable.start("key", [*command], **options)
+    again = durable.start("key", [*command], **options)
+    outcomes = [run.wait(DEADLINE), again.wait(DEADLINE), durable.run("key", command, **options)]
+    for outcome in outcomes:  # started, reconnected to, and recorded
+        assert outcome is not None
+        assert (outcome.stdout, outcome.stderr) == (b"out\nerr\nout\n", None)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

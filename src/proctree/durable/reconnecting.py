@@ -138,7 +138,8 @@ def attached(
         leftovers = wish.leftovers
     else:
         leftovers = Leftovers.KILL if link.ends else Leftovers.WAIT
-    followed = Followed(None, logs, attempt.place, writes=False, cursor=link.owned)
+    merged = wish is not None and wish.merged
+    followed = Followed(None, logs, attempt.place, writes=False, merged=merged, cursor=link.owned)
     name = request.target if wish is None else wish.command.name
     command = Command(argv=(), function=None, name=name, cwd=None, env={})
     tree = make_tree(command, contained, followed, wish, watcher_policy(link.owned, leftovers))
@@ -173,7 +174,9 @@ def _launch(tree: Tree, contained: AttachedContained) -> None:
             raise tree.start_error
 
 
-def recorded(attempt: Attempt, key: str, logs: Any, store: FileStore) -> Run:
+def recorded(
+    attempt: Attempt, key: str, logs: Any, store: FileStore, *, merged: bool = False
+) -> Run:
     """What has ended: the rest of its output is delivered, if it is on this machine, and its result
     is what is recorded."""
     assert attempt.request is not None
@@ -182,6 +185,7 @@ def recorded(attempt: Attempt, key: str, logs: Any, store: FileStore) -> Run:
     nothing: Captured = (None, None)
     captured = nothing, nothing
     if attempt.place:
-        captured = deliver(attempt.place, logs, tree_id=request.tree_id, pid=how.pid or None)
+        pid = how.pid or None
+        captured = deliver(attempt.place, logs, tree_id=request.tree_id, pid=pid, merged=merged)
     outcome = outcome_of(how, request, captured=captured)
     return Run(key, attempt, request, reconnected=True, store=store, outcome=outcome)

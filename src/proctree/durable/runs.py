@@ -42,7 +42,7 @@ def _decide(claim: FileClaim, wish: Wish, store: FileStore) -> Run:
     found = found_of(last, wish)
     if decide(last, found, wish) is Decision.RESULT:
         assert last is not None
-        return recorded(last, wish.key, wish.logs, store)
+        return recorded(last, wish.key, wish.logs, store, merged=wish.merged)
     if last is not None:
         events.debug("durable.again", key=wish.key, attempt=last.number, found=str(found.value))
         if found in (Found.GONE, Found.UNREADABLE):
