@@ -45,7 +45,7 @@ from proctree.durable import (
 )
 from proctree.durable.cursor import stored
 from proctree.durable.recording import Cause
-from proctree.process import proof
+from proctree.process import cgroups, proof
 
 PATIENT = KillPolicy((Stage(15, 600.0), Stage(9, 30.0)))
 """The grace lasts until the test goes on."""
@@ -305,6 +305,28 @@ def test_lost_with_its_warden_it_is_swept_and_started_anew(
     end(run)
 
 
+@pytest.mark.parametrize("containment", ["cgroup", "pidns"])
+def test_who_has_reconnected_and_loses_the_warden_ends_what_nothing_marks(
+    store: FileStore, supervise: Start, containment: str
+) -> None:
+    available(containment)
+    command = ["sh", "-c", "setsid env -i sleep 1000 & echo ready; wait"]
+    first = supervise(command, containment=containment)
+    first.hear_until(lambda: first.lines == ["ready"])
+    first.kill()
+    run = durable.start("key", command, store=store, containment=containment)
+    assert run.reconnected
+    members = [member.pid for member in run.processes()]
+    assert len(members) == 2
+    live = run._live
+    assert live is not None
+    os.kill(live.contained._warden, signal.SIGKILL)
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.survivors) == (Reason.WARDEN_LOST, ())
+    assert not any(map(is_alive, members))
+
+
 def test_an_unreadable_record_is_kept_aside_and_a_new_attempt_made(
     store: FileStore, job: Job
 ) -> None:
@@ -390,6 +412,26 @@ def test_only_the_owner_ends_it_and_every_one_gets_to_know_why(
     assert watcher.said["reason"] == "killed"
     assert watcher.said["detail"] == "no longer needed"
     assert owner.wait(DEADLINE) is not None
+
+
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        ("x" * 1000, "x" * 229),
+        ("\u00e9" * 1000, "\u00e9" * 114),  # of which the next one would be cut in two
+        ("a \ud800 of \udce9", r"a \ud800 of \udce9"),
+        ("two\0parts", "two\0parts"),
+    ],
+    ids=["long", "wide", "no characters", "with a zero"],
+)
+def test_whatever_it_says_when_it_ends_it_is_text_that_there_is_room_for(
+    store: FileStore, reason: str, kept: str
+) -> None:
+    run = durable.start("key", SLEEPER, store=store)
+    run.kill(reason=reason)
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.detail) == (Reason.KILLED, kept)
 
 
 def test_a_watcher_becomes_the_owner_when_the_owner_dies(
@@ -492,6 +534,30 @@ def test_what_was_let_go_of_lives_on(store: FileStore, job: Job) -> None:
     job.let_go()
     assert again.wait(DEADLINE) is not None
     assert (lines.lines, rest.lines) == (["one"], ["two"])
+
+
+def cgroup_of(pid: int) -> str | None:
+    return cgroups.parse_own(Path(f"/proc/{pid}/cgroup").read_text())
+
+
+@pytest.mark.parametrize("containment", ["warden", "cgroup"])
+def test_what_was_let_go_of_and_has_lost_its_warden_is_found_where_it_was(
+    store: FileStore, containment: str
+) -> None:
+    available(containment)
+    run = durable.start("key", SLEEPER, store=store, containment=containment)
+    pid, warden = run.pid or 0, warden_of(run.pid or 0)
+    inside = cgroup_of(pid)
+    run.detach()
+    assert run.wait(DEADLINE) is not None
+    os.kill(warden, signal.SIGKILL)
+    eventually(lambda: proof.read_stat(warden) is None, "it has been reaped")
+    time.sleep(0.1)  # in which whoever reaped it could take its tree apart
+    assert cgroup_of(pid) == inside
+    again = durable.start("key", SLEEPER, store=store, containment=containment)
+    assert again.number == 2
+    assert not is_alive(pid)
+    end(again)
 
 
 def test_an_ending_that_a_dead_owner_has_begun_is_carried_through(

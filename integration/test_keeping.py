@@ -344,6 +344,25 @@ def test_a_tree_whose_time_is_over_before_it_begins_is_not_started(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_strict_lease_counts_the_time_in_which_the_machine_is_suspended(
+    run: Run, gate: Gate
+) -> None:
+    """No test can suspend it: what the kernel says of the timer, proc_pid_fdinfo(5)."""
+    run.start(waits(gate), strict=True)
+    run.main()
+    proc = Path(f"/proc/{run.warden}")
+    (timer,) = (fd.name for fd in (proc / "fd").iterdir() if "timerfd" in os.readlink(fd))
+    assert f"clockid: {time.CLOCK_BOOTTIME}\n" in (proc / "fdinfo" / timer).read_text()
+    gate.open()
+    assert run.wait().cause is Cause.ITSELF
+
+
+def test_all_stages_of_the_plan_come_before_the_end_of_a_strict_lease(run: Run, gate: Gate) -> None:
+    plan = (Stage(signal.SIGTERM, 590.0), Stage(signal.SIGKILL, 9.9))
+    run.start(waits(gate), lease=600_000, strict=True, plan=plan)
+    assert run.wait()[:2] == (signal.SIGTERM, Cause.LEASE)
+
+
 def test_the_end_by_itself_is_nobody_elses(run: Run, gate: Gate) -> None:
     """What its main process has left lives on, and then the lease runs out."""
     owner = run.start(leaves(gate), lease=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proctree import registry
 from proctree.command import Command
 from proctree.containment.base import Descriptors
 from proctree.containment.reaching import Link
@@ -27,6 +28,9 @@ class AttachedContained(WardenContained):
         self.name = name
         self.cgroup = cgroup
         self._link = link
+        folder = registry.directory()
+        if folder is not None:
+            self._entry = registry.path_of(folder, tree_id)
 
     @property
     def _keeps(self) -> bool:

@@ -81,6 +81,12 @@ def _send_start(control: socket.socket, start: bytes) -> None:
         control.send(start)
 
 
+def _note(text: str) -> bytes:
+    """As much as there is room for, in whole characters; what is none is written out."""
+    data = text[: protocol.NOTE_MAX].encode("utf-8", "backslashreplace")[: protocol.NOTE_MAX]
+    return data.decode("utf-8", "ignore").encode()
+
+
 def _member(raw: RawMember) -> Member:
     return Member(raw.pid, raw.ppid, raw.start_time, raw.state, raw.name, raw.error, raw.tracer)
 
@@ -648,8 +654,7 @@ class WardenContained(Contained):
 
     def explain(self, reason: Reason, detail: str) -> None:
         if self._keeps:
-            text = f"{reason}\0{detail}".encode("utf-8", "surrogateescape")
-            self._say(protocol.encode_note(text[: protocol.NOTE_MAX]))
+            self._say(protocol.encode_note(_note(f"{reason}\0{detail}")))
 
     def keep(self, until: float) -> None:
         """From any thread: of a strict lease, by when the tree is dead now: seconds of
