@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -45,6 +46,7 @@ from proctree.durable import (
 )
 from proctree.durable.cursor import stored
 from proctree.durable.recording import Cause
+from proctree.durable.running import Live
 from proctree.process import cgroups, proof
 
 PATIENT = KillPolicy((Stage(15, 600.0), Stage(9, 30.0)))
@@ -472,6 +474,81 @@ def test_the_time_limit_counts_from_the_start_of_the_run_and_not_of_its_supervis
     assert outcome is not None
     assert outcome.reason is Reason.TIMEOUT
     assert time.monotonic() - began < 600
+
+
+def test_of_the_limit_is_left_what_the_run_has_not_used_up(
+    store: FileStore, supervise: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[float] = []
+    call_later = Live._call_later
+
+    def noted(self: Live, seconds: float) -> None:
+        armed.append(seconds)
+        call_later(self, seconds)
+
+    monkeypatch.setattr(Live, "_call_later", noted)
+    supervise(SLEEPER).kill()
+    time.sleep(0.3)  # the span that is measured
+    run = durable.start("key", SLEEPER, store=store, timeout=3600)
+    eventually(lambda: bool(armed), "the limit is set")
+    assert armed[0] <= 3600 - 0.28
+    end(run)
+
+
+def test_a_new_owner_writes_down_how_far_it_has_read(
+    store: FileStore, job: Job, supervise: Start
+) -> None:
+    first = supervise(job.command)
+    first.hear_until(lambda: first.lines == ["one"])
+    lines, rest = Lines(), Lines()
+    run = durable.start("key", job.command, store=store, logs=proctree.Lines(lines))
+    first.kill()
+    eventually(lambda: run.owned, "the watcher owns it")
+    job.let_go()
+    assert run.wait(DEADLINE) is not None
+    assert lines.lines[-1] == "two"
+    assert durable.run("key", job.command, store=store, logs=proctree.Lines(rest)).ok
+    assert rest.lines == []
+
+
+def test_a_watcher_that_leaves_its_block_ends_nothing(store: FileStore) -> None:
+    owner = durable.start("key", SLEEPER, store=store)
+    with durable.start("key", SLEEPER, store=store) as watcher:
+        assert not watcher.owned
+    assert watcher.outcome is not None
+    assert watcher.outcome.reason is Reason.DETACHED
+    assert is_alive(owner.pid or 0)
+    end(owner)
+
+
+def test_who_has_let_go_of_it_is_not_told_how_it_ended(store: FileStore, job: Job) -> None:
+    run = durable.start("key", job.command, store=store)
+    run.detach()
+    assert run._live is not None
+    assert run._live.tree.closed.wait(DEADLINE)
+    job.let_go()
+    eventually(lambda: not store.claimed("key"), "it has ended")
+    assert run.outcome is not None
+    assert (run.outcome.reason, run.outcome.returncode) == (Reason.DETACHED, None)
+
+
+def test_in_a_callback_of_the_run_its_end_cannot_be_waited_for(store: FileStore) -> None:
+    runs: queue.Queue[Run] = queue.Queue()
+    raised: queue.Queue[BaseException] = queue.Queue()
+
+    def wait(_line: str) -> None:
+        try:
+            runs.get(timeout=DEADLINE).wait()
+        except RuntimeError as error:
+            raised.put(error)
+
+    command = ["sh", "-c", "echo one; exec sleep 1000"]
+    run = durable.start("key", command, store=store, logs=proctree.Lines(wait))
+    runs.put(run)
+    try:
+        assert "wait for itself" in str(raised.get(timeout=DEADLINE))
+    finally:
+        end(run)
 
 
 # -- the lease
