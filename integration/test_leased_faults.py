@@ -6,7 +6,11 @@ Two machines are two local directories here.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import sqlite3
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +128,34 @@ def test_who_waits_for_a_lost_attempt_need_not_wait_for_the_next_one(
     assert outcome.detail == "another attempt has been made since"
     claim.finish(claim.attempts()[-1], Exit(0))
     claim.release()
+
+
+# -- local directories that are not what they seem to be
+
+
+def test_a_directory_that_was_copied_from_another_machine_does_not_say_what_ended_there(
+    here: Machine, there: Machine, gate: Gate
+) -> None:
+    """The copy's lock is free, and the tree lives: where it was started."""
+    run = durable.start("key", gate.command, store=here.store())
+    from_another_boot(here)
+    shutil.copytree(here.local.path, there.local.path, ignore=shutil.ignore_patterns("control"))
+    elsewhere = durable.start("key", gate.command, store=there.store())
+    assert isinstance(elsewhere, RunElsewhere)
+    assert len(here.store().attempts("key")) == 1
+    gate.let_go()
+    assert run.wait(DEADLINE) is not None
+    outcome = elsewhere.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.returncode == 0
+
+
+def from_another_boot(machine: Machine) -> None:
+    """What is recorded of the last attempt, as if another machine had written it."""
+    (attempt,) = machine.local.attempts("key")
+    assert attempt.request is not None
+    changed = attempt.request._replace(boot=str(uuid.uuid4())).encode()
+    Path(attempt.place, "request").write_bytes(changed)
+    with contextlib.closing(sqlite3.connect(machine.url.removeprefix("sqlite:///"))) as connection:
+        connection.execute("UPDATE proctree_attempts SET request = ?", [changed.decode()])
+        connection.commit()

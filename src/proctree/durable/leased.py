@@ -28,7 +28,7 @@ import threading
 import time
 from typing import Any
 
-from proctree import events
+from proctree import events, registry
 from proctree.durable import runs
 from proctree.durable.deciding import decide, found_of
 from proctree.durable.directory import FileClaim, FileStore
@@ -423,7 +423,13 @@ def _begin_here(mine: FileClaim, wish: Wish, sql: SqlStore, local: FileStore) ->
             decision = decide(last, found, wish)
             if decision is Decision.RESULT:
                 assert last is not None
-                return recorded(_with_place(last, wish.key, local), wish.key, wish.logs, local)
+                return recorded(
+                    _with_place(last, wish.key, local),
+                    wish.key,
+                    wish.logs,
+                    local,
+                    merged=wish.merged,
+                )
             if last is not None:
                 events.debug("durable.again", key=wish.key, attempt=last.number, found=found.value)
             for left in mine.attempts()[-1:]:
@@ -449,9 +455,13 @@ def _with_place(attempt: Attempt, key: str, local: FileStore) -> Attempt:
 
 def _ran_here(sql: SqlStore, local: FileStore, key: str) -> bool:
     """Whether what the holder held was a tree of this machine's: we have its lock, so it has
-    ended."""
-    last = sql.attempts(key)[-1:]
-    return bool(last) and _here(local, key, last[0]) is not None
+    ended. A directory may have been copied from another machine, with what is recorded there and
+    without its locks; and from before the last boot it cannot be told from such a one."""
+    for last in sql.attempts(key)[-1:]:
+        request = last.request
+        ran = request is not None and request.boot == registry.boot_id()
+        return ran and _here(local, key, last) is not None
+    return False
 
 
 def _start(
