@@ -10,24 +10,27 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from integration.conftest import DEADLINE, in_thread
+from integration.conftest import DEADLINE, eventually, in_thread
 from integration.sql_holder import request
-from proctree import KillPolicy, Stage, durable
-from proctree.durable import FileStore, Run, UnknownKey
+from proctree import KillPolicy, Reason, Stage, durable
+from proctree.durable import FileStore, Run, StoreUnusable, UnknownKey
 from proctree.durable.leased import RunElsewhere
 from proctree.durable.recording import Exit
 from proctree.durable.sql import SqlStore
 
 LONG = 600.0
 """A lease that does not run out in a test."""
-SHORT = 3.0
-QUICK = KillPolicy((Stage(15, 0.2), Stage(9, 0.5)))
+SHORT = 1.5
+QUICK = KillPolicy((Stage(15, 0.2), Stage(9, 0.3)))
 SLEEPER = ["sleep", "1000"]
 
 
@@ -59,6 +62,31 @@ def there(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(tmp_path, "there")
     yield machine
     machine.close()
+
+
+class Faults:
+    """A database that does before each statement what it is told."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._engine = sa.create_engine(machine.url, poolclass=sa.NullPool)
+        self.before: Callable[[str], object] = lambda statement: None
+        sa.event.listen(self._engine, "before_cursor_execute", self._before)
+
+    def _before(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
+        self.before(statement)
+
+    def store(self, lease: float = LONG) -> SqlStore:
+        return SqlStore(self._engine, lease=lease, local=self._machine.local)
+
+
+def down(statement: str) -> None:
+    raise sa.exc.OperationalError(statement, None, ConnectionError("it is down"))
+
+
+@pytest.fixture
+def faults(here: Machine) -> Faults:
+    return Faults(here)
 
 
 class Gate:
@@ -156,6 +184,112 @@ def from_another_boot(machine: Machine) -> None:
     assert attempt.request is not None
     changed = attempt.request._replace(boot=str(uuid.uuid4())).encode()
     Path(attempt.place, "request").write_bytes(changed)
+    execute(machine, "UPDATE proctree_attempts SET request = ?", changed.decode())
+
+
+def execute(machine: Machine, statement: str, *values: str) -> None:
     with contextlib.closing(sqlite3.connect(machine.url.removeprefix("sqlite:///"))) as connection:
-        connection.execute("UPDATE proctree_attempts SET request = ?", [changed.decode()])
+        connection.execute(statement, values)
         connection.commit()
+
+
+# -- a database that is slow, does not answer, or is down
+
+
+def test_who_leaves_the_block_has_recorded_the_end(faults: Faults, there: Machine) -> None:
+    faults.before = lambda statement: time.sleep(0.1)
+    with durable.start("key", SLEEPER, store=faults.store()):
+        pass
+    (attempt,) = there.store().attempts("key")
+    assert attempt.exit is not None
+    assert not there.store().claimed("key")
+
+
+def test_a_database_that_does_not_answer_is_not_waited_for_longer_than_the_lease(
+    faults: Faults, gate: Gate
+) -> None:
+    answer = threading.Event()
+    run = durable.start("key", gate.command, store=faults.store(SHORT), kill=QUICK)
+    faults.before = lambda statement: answer.wait()
+    gate.let_go()
+    try:
+        outcome = in_thread(run.wait).get(timeout=DEADLINE)
+    finally:
+        answer.set()
+    # What its warden has recorded counts here, whether it was in time or ended by its lease.
+    assert outcome.reason in (Reason.EXITED, Reason.SUPERVISOR_LOST)
+
+
+def test_what_ended_while_the_database_was_down_is_recorded_when_it_is_back(
+    faults: Faults, there: Machine, gate: Gate
+) -> None:
+    run = durable.start("key", gate.command, store=faults.store())
+    tried = threading.Event()
+
+    def fail(statement: str) -> None:
+        tried.set()
+        down(statement)
+
+    faults.before = fail
+    gate.let_go()
+    waiting = in_thread(run.wait)
+    assert tried.wait(DEADLINE)
+    faults.before = lambda statement: None
+    assert waiting.get(timeout=DEADLINE).returncode == 0
+    (attempt,) = there.store().attempts("key")
+    assert attempt.exit is not None
+
+
+def test_who_cannot_read_the_records_does_not_stay_attached(
+    here: Machine, faults: Faults, gate: Gate
+) -> None:
+    first = durable.start("key", gate.command, store=here.store())
+    faults.before = down
+    with pytest.raises(StoreUnusable, match="it is down"):
+        durable.start("key", gate.command, store=faults.store())
+    second = durable.start("key", gate.command, store=here.store())
+    first.detach()
+    eventually(lambda: second.owned, "nobody came before it")
+    gate.let_go()
+    assert second.wait(DEADLINE) is not None
+
+
+def test_an_owner_whose_database_fails_while_it_takes_the_key_over_tries_again(
+    here: Machine, faults: Faults, gate: Gate
+) -> None:
+    """Neither is the tree left to die, nor is the key held by something that nobody knows of."""
+    first = durable.start("key", gate.command, store=here.store(SHORT), kill=QUICK)
+    second = durable.start("key", gate.command, store=faults.store(SHORT), kill=QUICK)
+    taken: list[str] = []
+
+    def fail_once(statement: str) -> None:
+        if "SET token" in statement:
+            taken.append(statement)
+        elif len(taken) == 1 and "FROM proctree_attempts" in statement:
+            taken.append(statement)
+            down(statement)
+
+    faults.before = fail_once
+    first.detach()
+    eventually(lambda: len(taken) > 2, "it has taken the key again")
+    assert second.wait(SHORT * 1.2) is None
+    gate.let_go()
+    outcome = second.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.returncode == 0
+    (attempt,) = here.store().attempts("key")
+    assert attempt.exit is not None
+    assert not here.store().claimed("key")
+
+
+def test_a_key_whose_attempts_were_removed_by_hand_is_not_held_for_ever(
+    here: Machine, there: Machine, gate: Gate
+) -> None:
+    run = durable.start("key", gate.command, store=here.store(SHORT), kill=QUICK)
+    execute(here, "DELETE FROM proctree_attempts")
+    gate.let_go()
+    outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert outcome.returncode == 0
+    store = there.store()
+    eventually(lambda: (claim := store.claim("key")) is not None and not claim.release(), "free")

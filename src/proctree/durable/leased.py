@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import threading
 import time
 from typing import Any
@@ -101,9 +102,15 @@ class LeasedRun(Run):
         outcome = super().wait(timeout)
         if outcome is not None and self._tender is not None:
             left = None if due is None else max(0.0, due - time.monotonic())
-            if not self._tender.settled.wait(left):
+            if not self._tender.wait(left):
                 return None
         return outcome
+
+    def _leave(self) -> None:
+        super()._leave()
+        # Who leaves the block may leave the program next, and with it the thread that records it.
+        if self._tender is not None:
+            self._tender.wait(None)
 
 
 class RunElsewhere(Run):
@@ -209,24 +216,33 @@ class RunElsewhere(Run):
 
 class Tender:
     """Renews the lease of a tree that we own, and records its end. Everything here runs on threads
-    of its own.
-
-    Attributes:
-        settled: the end is recorded, or can no longer be, or is somebody else's to record.
-    """
+    of its own."""
 
     def __init__(self, run: LeasedRun, sql: SqlStore) -> None:
-        self.settled = Latch()
+        self._settled = Latch()
+        """The end is recorded, or cannot be, or is somebody else's to record."""
+        self._due = math.inf
         self._run = run
         self._sql = sql
-        self._ended = threading.Event()
         live = run._live
         assert live is not None
         self._live = live
         self._claim: SqlClaim | None = None
-        live.tree.when_closed.append(self._ended.set)
-        if live.tree.closed.is_set():
-            self._ended.set()
+        self._ended = live.tree.closed
+        self._keeping = threading.Lock()
+
+    def _until(self) -> float:
+        """For who has seen the end: seconds of CLOCK_BOOTTIME at which whatever lease there was is
+        over."""
+        self._due = min(self._due, boottime() + self._sql.lease)
+        return self._due
+
+    def wait(self, timeout: float | None) -> bool:
+        """For who has seen the end: whether it is recorded now, or can no longer be. A database
+        that does not even say no is not waited for any longer."""
+        left = max(0.0, self._until() - boottime())
+        self._settled.wait(left if timeout is None else min(left, timeout))
+        return self._settled.is_set() or boottime() >= self._until()
 
     def begin(self, claim: SqlClaim) -> None:
         """With the claim under which the tree was started."""
@@ -244,16 +260,24 @@ class Tender:
             except DurableError as error:
                 self._unrecorded(error)
             finally:
-                self.settled.set()
+                if self._claim is not None:
+                    self._claim.abandon()  # it is not renewed by nobody's order
+                self._settled.set()
 
         threading.Thread(target=work, name="proctree-tender", daemon=True).start()
 
     def _take(self, claim: SqlClaim) -> None:
         self._claim = claim
         claim.when_renewed.append(lambda _left: self._renewed(claim))
+        # It may have been renewed meanwhile.
+        self._keep(claim)
+
+    def _keep(self, claim: SqlClaim) -> None:
+        with self._keeping:  # what is said last is the latest
+            self._live.contained.keep(claim.expires)
 
     def _renewed(self, claim: SqlClaim) -> None:
-        self._live.contained.keep(claim.expires)
+        self._keep(claim)
         last = self._sql.attempts(self._run.key)[-1:]
         if last and last[0].cancelled and not self._ended.is_set():
             self._live.contained.cancel()
@@ -266,41 +290,48 @@ class Tender:
                 self._record()
                 return
             self._ended.wait(_pause(self._sql))
-        self._live.tree.closed.wait()
         if not self._detached():
             self._see_it_recorded()
 
     def _see_it_recorded(self) -> None:
         """By its owner, or by us when that is not there any more."""
-        due = boottime() + self._sql.lease
-        while boottime() < due and not self._is_recorded():
+        while boottime() < self._until() and not self._is_recorded():
             if self._try_to_claim():
                 self._record()
                 return
             time.sleep(_pause(self._sql))
 
     def _is_recorded(self) -> bool:
+        try:
+            attempts = self._sql.attempts(self._run.key)
+        except StoreUnusable as error:
+            self._failed(error)
+            return False
         return any(
             attempt.exit is not None
-            for attempt in self._sql.attempts(self._run.key)
+            for attempt in attempts
             if attempt.request is not None and attempt.request.tree_id == self._run.tree_id
         )
 
+    def _failed(self, error: StoreUnusable) -> None:
+        events.warning("durable.not_renewed", key=self._run.key, error=str(error))
+
     def _try_to_claim(self) -> bool:
         """If the tree is ours: whoever held the key does not own it any more."""
-        key = self._run.key
+        claim = None
         try:
-            claim = self._sql.claim(key, dead=lambda: self._is_last() and self._is_ours())
+            claim = self._sql.claim(self._run.key, dead=lambda: self._is_last() and self._is_ours())
+            if claim is None:
+                return False
+            if not self._is_last():
+                claim.release()
+                return False
         except StoreUnusable as error:
-            events.warning("durable.not_renewed", key=key, error=str(error))
-            return False
-        if claim is None:
-            return False
-        if not self._is_last():
-            claim.release()
+            self._failed(error)
+            if claim is not None:
+                claim.abandon()  # and not given back: the tree may run
             return False
         self._take(claim)
-        self._live.contained.keep(claim.expires)
         return True
 
     def _is_ours(self) -> bool:
@@ -325,11 +356,10 @@ class Tender:
         claim = self._claim
         assert claim is not None
         self._ended.wait()
-        self._live.tree.closed.wait()
         if self._detached():
             claim.abandon()  # it runs on, for as long as its lease
             return
-        while not claim.lost:
+        while not claim.lost and boottime() < self._until():
             try:
                 if record_end(claim, _local(self._sql), self._run.key):
                     claim.release()
@@ -337,11 +367,13 @@ class Tender:
                     claim.abandon()  # how it ended is not known; that shows when its lease is over
                 return
             except StoreUnusable as error:
-                events.warning("durable.not_renewed", key=self._run.key, error=str(error))
+                self._failed(error)
                 time.sleep(min(_AGAIN_SECONDS, self._sql.lease / 10))
         self._unrecorded(LeaseLost("the lease was over before the end could be recorded"))
 
     def _unrecorded(self, error: DurableError) -> None:
+        if self._is_recorded():
+            return  # by whoever has taken over
         events.error(
             "durable.unrecorded", key=self._run.key, tree_id=self._run.tree_id, error=str(error)
         )
@@ -353,7 +385,10 @@ def record_end(claim: SqlClaim, local: FileStore, key: str) -> bool:
     Raises:
         LeaseLost, StoreUnusable.
     """
-    last = claim.attempts()[-1]
+    attempts = claim.attempts()
+    if not attempts:
+        return False  # removed by hand
+    last = attempts[-1]
     if last.exit is not None:
         return True
     here = _here(local, key, last)
@@ -403,7 +438,14 @@ def begin(wish: Wish, sql: SqlStore) -> Run:
 def _tended(run: Run, sql: SqlStore) -> Run:
     """One that was there before us."""
     assert isinstance(run, LeasedRun)
-    for attempt in sql.attempts(run.key):
+    try:
+        attempts = sql.attempts(run.key)
+    except BaseException:
+        # Who stays attached may come to own it, and nobody would renew its lease.
+        run.detach()
+        run.wait()
+        raise
+    for attempt in attempts:
         if attempt.request is not None and attempt.request.tree_id == run.tree_id:
             run.number = attempt.number
     run._tender = Tender(run, sql)
