@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -22,7 +25,7 @@ import sqlalchemy as sa
 from integration.conftest import DEADLINE, eventually, in_thread
 from integration.sql_holder import request
 from proctree import KillPolicy, Reason, Stage, durable
-from proctree.durable import FileStore, Run, StoreUnusable, UnknownKey
+from proctree.durable import FileStore, NotRunning, Run, StoreUnusable, UnknownKey
 from proctree.durable.leased import RunElsewhere
 from proctree.durable.recording import Exit
 from proctree.durable.sql import SqlStore
@@ -293,3 +296,41 @@ def test_a_key_whose_attempts_were_removed_by_hand_is_not_held_for_ever(
     assert outcome.returncode == 0
     store = there.store()
     eventually(lambda: (claim := store.claim("key")) is not None and not claim.release(), "free")
+
+
+# -- what is found
+
+
+KILLED = """
+import os, signal, sys
+from proctree import durable
+from proctree.durable import FileStore
+from proctree.durable.sql import SqlStore
+
+url, folder, *command = sys.argv[1:]
+durable.start("key", command, store=SqlStore(url, lease=600, local=FileStore(folder)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_ended_here_and_was_not_recorded_there_is_attached_to(
+    here: Machine, gate: Gate
+) -> None:
+    killed = [sys.executable, "-c", KILLED, here.url, here.local.path, *gate.command]
+    assert subprocess.run(killed, check=False).returncode == -signal.SIGKILL
+    gate.let_go()
+    eventually(lambda: not here.local.claimed("key"), "it has ended")
+    run = durable.attach("key", store=here.store())
+    assert run.outcome is not None
+    assert run.outcome.returncode == 0
+
+
+def test_a_job_is_no_tree_to_attach_to_or_to_cancel(there: Machine) -> None:
+    claim = there.store().claim("key")
+    assert claim is not None
+    claim.begin(request("key", "job", "0" * 16))
+    with pytest.raises(NotRunning, match="is of job"):
+        durable.attach("key", store=there.store())
+    with pytest.raises(NotRunning, match="is of job"):
+        durable.cancel("key", store=there.store())
+    claim.release()

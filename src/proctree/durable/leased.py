@@ -559,9 +559,13 @@ def attach(key: str, logs: Any, sql: SqlStore) -> Run:
     if not attempts:
         raise UnknownKey(f"key {key!r}: nothing is recorded in {sql.name}")
     last = attempts[-1]
+    runs.require_tree(key, last)
+    here = _here(local, key, last)
+    if last.exit is None and here is not None:
+        last = last._replace(exit=here.exit)  # its supervisor was dead, and recorded nothing there
     if last.request is not None and last.exit is not None:
         return recorded(_with_place(last, key, local), key, logs, local)
-    if last.request is not None and sql.claimed(key) and _here(local, key, last) is None:
+    if last.request is not None and sql.claimed(key) and here is None:
         return RunElsewhere(key, last, last.request, sql)
     why = last.trouble or "it has neither ended nor does it run: it was lost"
     raise NotRunning(f"key {key!r}: attempt {last.number}: {why}")
@@ -579,6 +583,7 @@ def cancel(key: str, timeout: float | None, sql: SqlStore) -> Outcome | None:
     if not attempts:
         raise UnknownKey(f"key {key!r}: nothing is recorded in {sql.name}")
     last = attempts[-1]
+    runs.require_tree(key, last)
     if last.exit is not None or last.request is None or not sql.claimed(key):
         return None
     sql.ask_cancel(key, last.number)
