@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -296,6 +296,79 @@ def test_a_key_whose_attempts_were_removed_by_hand_is_not_held_for_ever(
     assert outcome.returncode == 0
     store = there.store()
     eventually(lambda: (claim := store.claim("key")) is not None and not claim.release(), "free")
+
+
+# -- time
+
+
+SHIFT = ["unshare", "-T", "--boottime", "1000000", "--monotonic", "1000000"]
+
+COMES = """
+import sys
+from proctree import durable
+from proctree.durable import FileStore, StillRunning
+from proctree.durable.sql import SqlStore
+
+url, folder, *command = sys.argv[1:]
+store = SqlStore(url, lease=600, local=FileStore(folder))
+try:
+    durable.start("key", command, store=store)
+except StillRunning as error:
+    print(error)
+"""
+
+UNSHARES = """
+import ctypes, sys
+from proctree import ContainmentUnavailable, durable
+from proctree.durable import FileStore
+from proctree.durable.sql import SqlStore
+
+CLONE_NEWTIME = 0x80
+if ctypes.CDLL(None).unshare(CLONE_NEWTIME) < 0:
+    sys.exit("unshare")
+url, folder, *command = sys.argv[1:]
+try:
+    durable.start("key", command, store=SqlStore(url, lease=600, local=FileStore(folder)))
+except ContainmentUnavailable as error:
+    print(error)
+"""
+
+
+def python(script: str, machine: Machine, *command: str, prefix: Sequence[str] = ()) -> str:
+    """What a process of its own says."""
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", script, machine.url, machine.local.path, *command],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def time_namespaces() -> None:
+    done = subprocess.run([*SHIFT, "true"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no time namespaces: {done.stderr.strip()}")
+
+
+@pytest.mark.usefixtures("time_namespaces")
+def test_who_has_other_clocks_than_a_tree_does_not_keep_it(here: Machine, gate: Gate) -> None:
+    """It would say until when it may run by a clock that the warden does not have."""
+    run = durable.start("key", gate.command, store=here.store())
+    said = python(COMES, here, *gate.command, prefix=SHIFT)
+    assert "it runs in another time namespace" in said
+    assert run.owned
+    gate.let_go()
+    assert run.wait(DEADLINE) is not None
+
+
+@pytest.mark.usefixtures("time_namespaces")
+def test_whose_children_have_other_clocks_starts_nothing(here: Machine) -> None:
+    assert "left its time namespace" in python(UNSHARES, here, *SLEEPER)
+    assert durable.list(here.local) == []
 
 
 # -- what is found

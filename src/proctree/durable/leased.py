@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 import threading
 import time
 from typing import Any
@@ -52,6 +53,7 @@ from proctree.durable.starting import clear_away, start
 from proctree.durable.store import Attempt
 from proctree.durable.table import Decision, Found
 from proctree.durable.wish import Wish
+from proctree.errors import ContainmentUnavailable
 from proctree.latch import Latch
 from proctree.outcome import Outcome
 from proctree.policy import KillPolicy
@@ -78,7 +80,13 @@ def _local(sql: SqlStore) -> FileStore:
 
 
 def check(wish: Wish, sql: SqlStore) -> None:
-    """Raises ValueError: it cannot be had with this store's lease."""
+    """Raises ValueError: it cannot be had with this store's lease; ContainmentUnavailable: our
+    children have another clock than we have."""
+    if _clock("self/ns/time") != _clock("self/ns/time_for_children"):
+        raise ContainmentUnavailable(
+            "this process has left its time namespace for its children (unshare(CLONE_NEWTIME)): "
+            "by their clock nobody here can say until when a tree may run; start it from a child"
+        )
     if wish.lease is not None:
         raise ValueError(f"lease: with {sql!r} the lease is that of the store")
     if wish.kill.duration > sql.lease / 2:
@@ -86,6 +94,14 @@ def check(wish: Wish, sql: SqlStore) -> None:
             f"kill: ending the run may take {wish.kill.duration:g} s, which is more than half of "
             f"the store's lease, {sql.lease:g} s: it would not be dead when its lease is over"
         )
+
+
+def _clock(path: str) -> int:
+    """Which CLOCK_BOOTTIME a process has (time_namespaces(7)); 0: it cannot be told."""
+    try:
+        return os.stat(f"/proc/{path}").st_ino
+    except OSError:  # before Linux 5.6, or it has just ended
+        return 0
 
 
 # -- handles
@@ -439,6 +455,7 @@ def _tended(run: Run, sql: SqlStore) -> Run:
     """One that was there before us."""
     assert isinstance(run, LeasedRun)
     try:
+        _require_same_clock(run)
         attempts = sql.attempts(run.key)
     except BaseException:
         # Who stays attached may come to own it, and nobody would renew its lease.
@@ -451,6 +468,17 @@ def _tended(run: Run, sql: SqlStore) -> Run:
     run._tender = Tender(run, sql)
     run._tender.come()
     return run
+
+
+def _require_same_clock(run: LeasedRun) -> None:
+    """Until when it may run is said to the warden by its clock. Raises StillRunning."""
+    live = run._live
+    warden = None if live is None else live.contained.root()
+    if warden is not None and _clock(f"{warden}/ns/time") not in (0, _clock("self/ns/time")):
+        raise StillRunning(
+            f"key {run.key!r}: it runs in another time namespace (its warden is process {warden}): "
+            "only from there its lease can be renewed; nothing was started beside it"
+        )
 
 
 def _begin_here(mine: FileClaim, wish: Wish, sql: SqlStore, local: FileStore) -> Run | None:
