@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from integration.conftest import DEADLINE, eventually, in_thread
 from integration.sql_holder import request
 from proctree import KillPolicy, Reason, Stage, durable
-from proctree.durable import FileStore, NotRunning, Run, StoreUnusable, UnknownKey
+from proctree.durable import FileStore, NotRunning, Run, StoreUnusable, UnknownKey, reconnecting
 from proctree.durable.leased import RunElsewhere
 from proctree.durable.recording import Exit
 from proctree.durable.sql import SqlStore
@@ -299,6 +299,24 @@ def test_a_key_whose_attempts_were_removed_by_hand_is_not_held_for_ever(
 
 
 # -- time
+
+
+def test_patience_is_about_the_lock_and_not_about_another_machine(
+    here: Machine, there: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has waited for a lease elsewhere is not out of patience with its neighbours here."""
+    monkeypatch.setattr(reconnecting, "PATIENCE", 1.5)
+    claim = there.store().claim("key")
+    assert claim is not None
+    done = in_thread(lambda: durable.run("key", ["true"], store=here.store(SHORT), kill=QUICK))
+    time.sleep(2.0)  # longer than that
+    mine = None
+    while mine is None:
+        mine = here.local.claim("key")
+    time.sleep(0.1)  # it finds the lock held
+    mine.release()
+    claim.release()
+    assert done.get(timeout=DEADLINE).returncode == 0
 
 
 SHIFT = ["unshare", "-T", "--boottime", "1000000", "--monotonic", "1000000"]

@@ -449,6 +449,8 @@ def begin(wish: Wish, sql: SqlStore) -> Run:
             return run
         # Who has it has not said yet what for. That it has died shows when its lease is over.
         time.sleep(_pause(sql))
+        # That may take longer than anybody here keeps the lock without a word.
+        patience = Patience(wish.key, local)
 
 
 def _tended(run: Run, sql: SqlStore) -> Run:
