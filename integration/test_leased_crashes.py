@@ -20,7 +20,7 @@ from integration.crash_points import LEAST, Zygote, each, failures, spread
 SAMPLES = {"start": 16, "run": 20, "finish": 16, "reconnect": 12}
 """How many points are tried by default."""
 
-ELSEWHERE = 40 if os.environ.get("PROCTREE_CRASH_POINTS") == "all" else 4
+ELSEWHERE = 40 if os.environ.get("PROCTREE_CRASH_POINTS") == "all" else 3
 """The same for a retry on another machine."""
 
 
