@@ -813,24 +813,6 @@ def test_a_watcher_that_comes_back_when_the_owner_has_gone_does_its_work(
     assert (outcome.reason, outcome.detail) == (Reason.TIMEOUT, "not done after 0.01 s")
 
 
-def test_who_cannot_come_back_ends_the_run(
-    store: FileStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = durable.start("key", SLEEPER, store=store)
-    Path(run.place, "control").unlink()
-    assert run._live is not None
-    control = run._live.contained._control
-    assert control is not None
-    control.send(b"nonsense")
-    outcome = run.wait(DEADLINE)
-    assert outcome is not None
-    # What the warden has recorded counts, if it came to that before it was ended as well.
-    assert outcome.reason in (Reason.WARDEN_LOST, Reason.SIGNALED)
-    assert not is_alive(run.pid or 0)
-    assert not store.claimed("key")
-    assert any("durable.disconnected" in record.getMessage() for record in caplog.records)
-
-
 STOPPED = """
 import signal
 contained = run._live.contained
@@ -945,9 +927,47 @@ def test_cancel_says_when_it_takes_too_long(store: FileStore) -> None:
     lines = Lines()
     run = durable.start("key", stubborn, store=store, kill=PATIENT, logs=proctree.Lines(lines))
     lines.wait_for(1)
-    with pytest.raises(TimeoutError, match="has not ended"):
-        durable.cancel("key", store=store, timeout=0.1)
+    with pytest.raises(TimeoutError, match="asked to end, and has not"):
+        durable.cancel("key", store=store, timeout=0.5)
     end(run)
+
+
+def test_cancel_waits_no_longer_than_it_may_for_a_warden_that_does_not_answer(
+    store: FileStore,
+) -> None:
+    run = durable.start("key", SLEEPER, store=store, containment="warden")
+    warden = warden_of(run.pid or 0)
+    os.kill(warden, signal.SIGSTOP)
+    try:
+        with pytest.raises(TimeoutError, match=r"not answered in 0\.2 s"):
+            durable.cancel("key", store=store, timeout=0.2)
+    finally:
+        os.kill(warden, signal.SIGCONT)
+    end(run)
+
+
+def test_what_its_warden_ends_is_waited_for_and_not_for_ever(
+    store: FileStore, supervise: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconnecting, "PATIENCE", 0.3)
+    text = "trap '' TERM; echo ready; while :; do sleep 1000 & wait; done"
+    stubborn = ["sh", "-c", text]
+    first = supervise(stubborn, lease=0.0, policy=[[15, 5.0], [9, 30.0]])
+    first.hear_until(lambda: first.lines == ["ready"])
+    first.kill()
+    with pytest.raises(StillRunning, match=r"attempt 1 is being ended by its warden, process \d+"):
+        durable.start("key", stubborn, store=store)
+    assert len(store.attempts("key")) == 1
+
+
+@pytest.mark.parametrize("replacement", ["mkfifo", "mkdir"])
+def test_a_tree_that_puts_something_else_in_place_of_its_output_holds_nobody_up(
+    store: FileStore, replacement: str
+) -> None:
+    """Its warden syncs it, and must not wait for whoever might write to a FIFO."""
+    text = f'out=$(readlink /proc/$$/fd/1); rm "$out" "${{out%/*}}/request"; {replacement} "$out"'
+    outcome = durable.run("key", ["sh", "-c", text], store=store, logs=CAPTURE)
+    assert outcome.returncode == 0
 
 
 def test_attach_never_starts_anything(store: FileStore, job: Job) -> None:

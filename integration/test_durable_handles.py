@@ -182,7 +182,7 @@ def test_an_owner_that_cannot_come_back_leaves_the_tree_to_its_lease(store: File
     break_connection(run)
     outcome = run.wait(DEADLINE)
     assert outcome is not None
-    assert outcome.reason is Reason.WARDEN_LOST
+    assert (outcome.reason, outcome.detail) == (Reason.DETACHED, "its warden cannot be reached")
     eventually(lambda: not store.claimed("key"), "the lease runs out")
     (attempt,) = store.attempts("key")
     assert attempt.exit is not None

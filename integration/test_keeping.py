@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.conftest import DEADLINE, available, eventually, is_alive, living, start_supervisor
+from integration.conftest import DEADLINE, available, eventually, is_alive, start_supervisor
 from integration.fault_tools import Helper
 from integration.keepers import LONG, Client, Run, boottime
 from proctree import Reason, protocol
@@ -1041,8 +1041,8 @@ def test_a_warden_without_a_descriptor_left_accepts_later(run: Run, gate: Gate) 
 def test_a_durable_warden_to_which_nobody_can_attach(run: Run, gate: Gate) -> None:
     """`listen` is not needed for a record."""
     owner = run.start(waits(gate), listen=False)
-    run.main()
+    main = run.main()
     owner.close()
     gate.open()
     assert run.wait().returncode == 3
-    assert not living()
+    assert not is_alive(main)

@@ -80,7 +80,7 @@ class Event(enum.Enum):
     DRAIN_DUE = "drain due"
     """The drain timer ran out."""
     DETACHED = "detached"
-    """We let go of it: it lives on without us, as it was started to."""
+    """We let go of it: it lives on without us, as it was started to. `detail`, default ""."""
     LOST = "warden lost"
     """What held the tree is gone, or not to be believed: `detail`."""
 
@@ -383,8 +383,9 @@ def _successor_exited_running(life: Lifecycle, status: int | None) -> State:
     return life._stop()
 
 
-def _detached(life: Lifecycle) -> State:
+def _detached(life: Lifecycle, detail: str = "") -> State:
     life.reason = Reason.DETACHED
+    life.detail = detail
     life._ask(Action.RELEASE)
     if life.streams == 0:
         return life._close()
@@ -394,8 +395,8 @@ def _detached(life: Lifecycle) -> State:
     return State.DRAINING
 
 
-def _detached_new(life: Lifecycle) -> State:
-    return _kill_new(life, Reason.DETACHED, "", None)
+def _detached_new(life: Lifecycle, detail: str = "") -> State:
+    return _kill_new(life, Reason.DETACHED, detail, None)
 
 
 def _empty(life: Lifecycle) -> State:

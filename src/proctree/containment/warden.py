@@ -553,7 +553,9 @@ class WardenContained(Contained):
                 return
             if link is None:
                 if not self._has_ended():
-                    self.owns = False  # it keeps its tree, and its lease decides: nothing is swept
+                    # It keeps its tree, and its lease decides: nothing is swept.
+                    self.owns = False
+                    self._owner.happened(Event.DETACHED, detail="its warden cannot be reached")
                 self._lost = True
                 self._owner.happened(Event.LOST, detail=detail)
                 return

@@ -45,14 +45,22 @@ _NOBODY_THERE = (
 
 
 class Patience:
-    def __init__(self, key: str, store: FileStore) -> None:
+    """With a key whose lock is held by somebody who does not answer.
+
+    Args:
+        limit: seconds, if less than `PATIENCE`; None: no less.
+    """
+
+    def __init__(self, key: str, store: FileStore, limit: float | None = None) -> None:
         self._key = key
         self._store = store
         self._pause = _FIRST_PAUSE
-        self._deadline = time.monotonic() + PATIENCE
+        self._limit = PATIENCE if limit is None else min(limit, PATIENCE)
+        self._deadline = time.monotonic() + self._limit
 
     @property
     def left(self) -> float:
+        """Seconds."""
         return max(0.0, self._deadline - time.monotonic())
 
     def wait(self) -> None:
@@ -61,7 +69,7 @@ class Patience:
             raise StillRunning(
                 f"key {self._key!r}: somebody holds its lock (flock(2) on "
                 f"{self._store.at(self._key).lock}; lslocks(8) may say who), and nobody has "
-                f"answered for {PATIENCE:g} s: nothing was started"
+                f"answered for {self._limit:g} s: nothing was started"
             )
         time.sleep(self._pause)
         self._pause = min(self._pause * 1.5, _LAST_PAUSE)
@@ -87,19 +95,28 @@ def reconnect(
     if link.ending:
         # It is being ended since nobody was there, or since somebody has cancelled it: it does not
         # run any more, and what comes next is decided when it has gone.
-        _wait_for_end(link, patience.left)
+        if not _has_ended(link, patience.left):
+            raise StillRunning(
+                f"key {wish.key!r}: attempt {last.number} is being ended by its warden, process "
+                f"{link.warden}, and has not ended for {PATIENCE:g} s; nothing was started beside "
+                "it: wait for it, or see what it is that cannot be ended"
+            )
         return None
     return attached(last, link, wish, wish.key, wish.logs, store, make)
 
 
-def link_to(key: str, attempt: Attempt, *, own: bool) -> Link | None:
+def link_to(key: str, attempt: Attempt, *, own: bool, timeout: float | None = None) -> Link | None:
     """None when nobody listens.
+
+    Args:
+        timeout: seconds for the warden to answer. Default: `ANSWER_SECONDS`.
 
     Raises:
         StillRunning: it cannot be reached.
     """
     try:
-        return reach(attempt.place, own=own, timeout=ANSWER_SECONDS)
+        seconds = ANSWER_SECONDS if timeout is None else min(timeout, ANSWER_SECONDS)
+        return reach(attempt.place, own=own, timeout=seconds)
     except _NOBODY_THERE:
         return None
     except OSError as error:
@@ -109,11 +126,12 @@ def link_to(key: str, attempt: Attempt, *, own: bool) -> Link | None:
         ) from error
 
 
-def _wait_for_end(link: Link, timeout: float) -> None:
+def _has_ended(link: Link, timeout: float) -> bool:
+    """Waits for that, and closes the link."""
     try:
         poller = select.poll()
         poller.register(link.pidfd, select.POLLIN)
-        poller.poll(timeout * 1000)
+        return bool(poller.poll(timeout * 1000))
     finally:
         link.close()
 

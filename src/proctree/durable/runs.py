@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from proctree import events
 from proctree.durable import table
 from proctree.durable.deciding import decide, found_of
 from proctree.durable.directory import FileClaim, FileStore
-from proctree.durable.errors import NotRunning, UnknownKey
+from proctree.durable.errors import NotRunning, StillRunning, UnknownKey
 from proctree.durable.keys import check_key
 from proctree.durable.reconnecting import Patience, attached, link_to, reconnect, recorded
 from proctree.durable.running import Run
@@ -100,29 +101,40 @@ def again(outcome: Outcome, allowed: frozenset[int]) -> bool:
 def cancel(key: str, timeout: float | None, store: FileStore) -> Outcome | None:
     """See `proctree.durable.cancel`."""
     check_key(key)
-    patience = Patience(key, store)
+    due = None if timeout is None else time.monotonic() + timeout
+    try:
+        return _cancel(key, due, Patience(key, store, timeout), store)
+    except StillRunning:
+        if due is not None and time.monotonic() >= due:
+            raise TimeoutError(f"key {key!r}: it has not answered in {timeout:g} s") from None
+        raise
+
+
+def _left(due: float | None) -> float | None:
+    return None if due is None else max(0.0, due - time.monotonic())
+
+
+def _cancel(key: str, due: float | None, patience: Patience, store: FileStore) -> Outcome | None:
     while store.claimed(key):
         attempts = store.attempts(key)
         last = attempts[-1] if attempts else None
         link = None
         if last is not None and last.request is not None and last.exit is None:
             require_tree(key, last)
-            link = link_to(key, last, own=False)
+            link = link_to(key, last, own=False, timeout=_left(due))
         if last is not None and link is not None:
             run = attached(last, link, None, key, None, store)
             live = run._live
             assert live is not None
             live.contained.cancel()
             try:
-                outcome = run.wait(timeout)
+                outcome = run.wait(_left(due))
             except BaseException:
                 run.detach()
                 raise
             if outcome is None:
                 run.detach()
-                raise TimeoutError(
-                    f"key {key!r}: it has not ended {timeout:g} s after it was asked to"
-                )
+                raise TimeoutError(f"key {key!r}: it was asked to end, and has not in time")
             return outcome
         patience.wait()
     if not store.attempts(key):
