@@ -416,6 +416,25 @@ def test_what_ended_here_and_was_not_recorded_there_is_attached_to(
     assert run.outcome.returncode == 0
 
 
+CLAIMS = """
+import os, signal, sys
+from proctree.durable.sql import SqlStore
+
+url, _folder = sys.argv[1:]
+assert SqlStore(url, lease=600).claim("key") is not None
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_who_died_before_there_was_an_attempt_held_nothing(here: Machine, there: Machine) -> None:
+    """The attempt before it has ended, on another machine: no lease is waited out."""
+    assert durable.run("key", ["false"], store=there.store()).returncode == 1
+    killed = [sys.executable, "-c", CLAIMS, here.url, here.local.path]
+    assert subprocess.run(killed, check=False).returncode == -signal.SIGKILL
+    done = in_thread(lambda: durable.run("key", ["true"], store=here.store(), same_target=False))
+    assert done.get(timeout=DEADLINE).returncode == 0
+
+
 def test_a_job_is_no_tree_to_attach_to_or_to_cancel(there: Machine) -> None:
     claim = there.store().claim("key")
     assert claim is not None

@@ -305,8 +305,10 @@ class SqlStore(Store):
     # -- what claims need
 
     def _read_run(self, run: str) -> Any:
+        # Of what has ended nothing is held any more.
+        runs = sa.case((_attempts.c.exit.is_(None), _attempts.c.kind))
         last = (
-            sa.select(_attempts.c.kind)
+            sa.select(runs)
             .where(_attempts.c.run == run)
             .order_by(_attempts.c.number.desc())
             .limit(1)
