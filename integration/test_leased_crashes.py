@@ -51,10 +51,10 @@ def try_points(
     assert killed >= LEAST * len(points), f"only {killed} of {len(points)} were reached"
 
 
-def count_calls(zygotes: list[Zygote], scenario: str, places: tuple[str, str]) -> int:
+def count_calls(zygotes: list[Zygote], crash: Crash, scenario: str, places: tuple[str, str]) -> int:
     """How many there are differs from run to run: the threads meet differently."""
-    whole = each(zygotes, leased_parts.crash, [(*places, scenario, 0)] * 2)
-    assert not failures(whole)
+    whole = each(zygotes, crash, [(*places, scenario, 0)] * 2)
+    assert not failures(whole), failures(whole)
     return int(min(got["calls"] for _, got in whole))
 
 
@@ -66,7 +66,7 @@ def test_supervisor_killed_and_the_retry_is_on_the_same_machine(
     """The result, one side effect, all output, nothing left, in the database what is recorded
     here, and no lease is waited out: whatever the moment was."""
     places = (tracer, str(tmp_path))
-    count = count_calls(zygotes, scenario, places)
+    count = count_calls(zygotes, leased_parts.crash, scenario, places)
     points = spread(count, SAMPLES[scenario])
     try_points(zygotes, leased_parts.crash, scenario, places, points)
 
@@ -78,6 +78,6 @@ def test_supervisor_killed_and_the_retry_is_on_another_machine(
 ) -> None:
     """It is done, and never by two at once: what was left here is dead when its lease is over."""
     places = (tracer, str(tmp_path))
-    count = count_calls(zygotes, scenario, places)
+    count = count_calls(zygotes, leased_parts.crash_elsewhere, scenario, places)
     points = sorted({1 + index * (count - 1) // (ELSEWHERE - 1) for index in range(ELSEWHERE)})
     try_points(zygotes, leased_parts.crash_elsewhere, scenario, places, points)
