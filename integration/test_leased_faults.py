@@ -33,7 +33,7 @@ from proctree.durable.sql import SqlStore
 LONG = 600.0
 """A lease that does not run out in a test."""
 SHORT = 1.5
-QUICK = KillPolicy((Stage(15, 0.2), Stage(9, 0.3)))
+QUICK = KillPolicy((Stage(15, 0.1), Stage(9, 0.2)))
 SLEEPER = ["sleep", "1000"]
 
 

@@ -89,10 +89,11 @@ def check(wish: Wish, sql: SqlStore) -> None:
         )
     if wish.lease is not None:
         raise ValueError(f"lease: with {sql!r} the lease is that of the store")
-    if wish.kill.duration > sql.lease / 2:
+    if wish.kill.duration > sql.lease / 4:
+        # What is left of the lease when it is next renewed has to be more than that.
         raise ValueError(
-            f"kill: ending the run may take {wish.kill.duration:g} s, which is more than half of "
-            f"the store's lease, {sql.lease:g} s: it would not be dead when its lease is over"
+            f"kill: ending the run may take {wish.kill.duration:g} s, which is more than a quarter "
+            f"of the store's lease, {sql.lease:g} s: it could not be dead when its lease is over"
         )
 
 
@@ -552,7 +553,8 @@ def _start(
         if number and not _proved_ended(claim, sql, wish.key):
             stack.pop_all()
             claim.abandon()  # something of it may run, until the lease is over
-        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+        late = boottime() >= claim.expires - wish.kill.duration
+        if late and isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
             return None  # we were stopped for so long that the lease was over
         raise
     stack.pop_all()
@@ -572,10 +574,18 @@ def _proved_ended(claim: SqlClaim, sql: SqlStore, key: str) -> bool:
 def _elsewhere(wish: Wish, sql: SqlStore) -> Run | None:
     """None when nothing is known yet of what runs there."""
     last = sql.attempts(wish.key)[-1:]
-    if not last or last[0].request is None or last[0].exit is not None:
+    if not last or last[0].request is None:
         return None
-    decide(last[0], Found.RUNNING, wish)
-    return RunElsewhere(wish.key, last[0], last[0].request, sql)
+    if last[0].exit is None:
+        decide(last[0], Found.RUNNING, wish)
+        return RunElsewhere(wish.key, last[0], last[0].request, sql)
+    if decide(last[0], found_of(last[0], wish), wish) is not Decision.RESULT:
+        return None
+    # Whoever has the key has only not given it back yet.
+    local = _local(sql)
+    return recorded(
+        _with_place(last[0], wish.key, local), wish.key, wish.logs, local, merged=wish.merged
+    )
 
 
 def attach(key: str, logs: Any, sql: SqlStore) -> Run:
