@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import select
@@ -209,13 +210,29 @@ def in_thread(function: Callable[[], Any], name: str | None = None) -> queue.Que
     return results
 
 
+_before: set[int] = set()
+"""Processes that several tests share, as a database server: they were there when this one began."""
+
+
+@pytest.fixture(autouse=True)
+def known_processes() -> None:
+    """Fixtures of a wider scope come before this one."""
+    _before.clear()
+    _before.update(process.pid for process in psutil.Process().children())
+
+
 def living() -> list[str]:
-    """Every living process below this one, by name. The suite is a subreaper: nothing hides."""
+    """Every living process below this one that was not there when the test began, by name. The
+    suite is a subreaper: nothing hides."""
     found = []
-    for process in psutil.Process().children(recursive=True):
-        stat = proof.read_stat(process.pid)
-        if stat is not None and not stat.dead:
-            found.append(f"{stat.pid} {stat.name} (parent {stat.ppid})")
+    for child in psutil.Process().children():
+        if child.pid in _before:
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in (child, *child.children(recursive=True)):
+                stat = proof.read_stat(process.pid)
+                if stat is not None and not stat.dead:
+                    found.append(f"{stat.pid} {stat.name} (parent {stat.ppid})")
     return found
 
 

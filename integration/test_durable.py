@@ -34,6 +34,7 @@ from integration.conftest import (
     is_alive,
 )
 from proctree import CAPTURE, Function, KillPolicy, Reason, Stage, durable
+from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.durable import (
     DifferentTarget,
     FileStore,
@@ -1124,6 +1125,34 @@ def test_a_warden_that_does_not_answer_is_named_and_nothing_started_beside_it(
         os.kill(warden, signal.SIGCONT)
     assert len(store.attempts("key")) == 1
     end(run)
+
+
+@pytest.mark.parametrize(("killed", "attempts"), [(2, 3), (9, 3)])
+def test_an_attempt_whose_warden_is_killed_before_it_has_begun_is_followed_by_another(
+    store: FileStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed: int,
+    attempts: int,
+) -> None:
+    """But not for ever."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    warden = folder / "warden"
+    times = f'for n in $(seq {killed}); do mkdir "{folder}/$n" 2> /dev/null && kill -9 $$; done'
+    warden.write_text(f'#!/bin/sh\n{times}\nexec {warden_path()} "$@"\n')
+    warden.chmod(0o755)
+    monkeypatch.setenv(WARDEN_VARIABLE, str(warden))
+    if killed < attempts:
+        outcome = durable.run("key", ["sh", "-c", "echo done"], store=store, logs=CAPTURE)
+        assert (outcome.returncode, outcome.stdout) == (0, b"done\n")
+    else:
+        with pytest.raises(proctree.ContainmentUnavailable, match="the warden ended"):
+            durable.run("key", ["sh", "-c", "echo done"], store=store)
+    recorded = store.attempts("key")
+    assert len(recorded) == attempts
+    assert len({a.request.tree_id for a in recorded if a.request is not None}) == attempts
+    assert not store.claimed("key")
 
 
 def test_standard_input_is_empty_or_what_was_given(store: FileStore, tmp_path: Path) -> None:

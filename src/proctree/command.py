@@ -68,6 +68,10 @@ class Command(NamedTuple):
         env = {**self.env, **changes}
         return self._replace(env={name: value for name, value in env.items() if value is not None})
 
+    def with_tree(self, tree_id: str) -> Command:
+        """For another tree."""
+        return self.with_environment(_mark(tree_id))
+
     def without_environment(self) -> Command:
         """What is kept of it once it was started: thousands of trees are thousands of copies."""
         return self._replace(env={})
@@ -181,6 +185,14 @@ def to_function(target: Any) -> Function | None:
     return target if isinstance(target, Function) else None
 
 
+def _mark(tree_id: str) -> dict[bytes, bytes]:
+    # From our environment and not from the tree's: a nested tree is below this one whatever that
+    # says.
+    outer = os.environb.get(TREE_VARIABLE.encode())
+    inner = tree_id.encode()
+    return {TREE_VARIABLE.encode(): outer + b"/" + inner if outer else inner}
+
+
 def to_flag(value: Any, argument: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{argument}: True or False, not {value!r}")
@@ -214,10 +226,7 @@ def check(
     elif function is None:
         argv = to_argv(target)
     environment = _environment(env)
-    # From ours and not from `env`: a nested tree is below this one whatever its environment says.
-    outer = os.environb.get(TREE_VARIABLE.encode())
-    inner = tree_id.encode()
-    environment[TREE_VARIABLE.encode()] = outer + b"/" + inner if outer else inner
+    environment |= _mark(tree_id)
     if by_name is not None:
         default = by_name.short_name
     elif argv:

@@ -25,6 +25,10 @@ class ContainmentUnavailable(ProctreeError):
     """The containment that was asked for cannot be had here; the message says why."""
 
 
+class WardenLost(ContainmentUnavailable):
+    """The warden was killed, or answered with garbage, before the main process had started."""
+
+
 class TemplateFailed(ProctreeError):
     """A template cannot start what it was asked for: it could not preload, or has died, or was
     closed. The message names it and says why."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from proctree import events, launching, subscriptions, transitions
 from proctree.command import Command
 from proctree.containment.base import Contained, handing_over
-from proctree.errors import ContainmentUnavailable, ProctreeError, step
+from proctree.errors import ProctreeError, WardenLost, step
 from proctree.latch import Latch
 from proctree.lifecycle import Action, Event, Lifecycle, State
 from proctree.loop import Loop, Timer
@@ -356,7 +356,7 @@ class Tree:
 
     def _note(self, event: Event, payload: dict[str, Any]) -> None:
         if event is Event.LOST and self.life.state is State.STARTING:
-            self.start_error = ContainmentUnavailable(payload["detail"])
+            self.start_error = WardenLost(payload["detail"])
         elif event is Event.STARTED:
             # Not before: what is logged of its output names its pid.
             self._streams.start()

@@ -17,20 +17,32 @@ from proctree.durable.starting import clear_away, start
 from proctree.durable.store import Attempt
 from proctree.durable.table import Decision, Found
 from proctree.durable.wish import Wish
+from proctree.errors import WardenLost
 from proctree.outcome import Outcome
 from proctree.records import Reason
+
+LOST_MAX = 3
+"""How many attempts in a row may lose their warden before their main process has started."""
 
 
 def begin(wish: Wish, store: FileStore) -> Run:
     """Starts, reconnects, or answers what is recorded, as the table says."""
     patience = Patience(wish.key, store)
+    lost = 0
     while True:
         claim = store.claim(wish.key)
         if claim is not None:
             try:
                 return _decide(claim, wish, store)
+            except WardenLost:
+                # Somebody has killed it: that attempt is lost, like any other that is.
+                lost += 1
+                if lost == LOST_MAX:
+                    raise
             finally:
                 claim.release()
+            wish = wish.again()
+            continue
         run = reconnect(wish, store, patience)
         if run is not None:
             return run

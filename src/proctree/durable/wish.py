@@ -46,6 +46,11 @@ class Wish(NamedTuple):
     """Whether an exception that comes before there is a handle lets go of what was started, and
     does not end it."""
 
+    def again(self) -> Wish:
+        """The same for another attempt, which is another tree."""
+        tree_id = os.urandom(8).hex()
+        return self._replace(tree_id=tree_id, command=self.command.with_tree(tree_id))
+
 
 def to_allowed(value: Any) -> frozenset[int]:
     """Raises TypeError, ValueError."""
