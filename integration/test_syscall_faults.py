@@ -27,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import psutil
@@ -217,18 +218,18 @@ class Place(NamedTuple):
 
 
 class Agent:
-    """A supervisor, faulty_supervisor.py, below an init of its own in a PID namespace, so that the
-    only processes that it can see are its own."""
+    """A supervisor below an init of its own in a PID namespace, so that the only processes that it
+    can see are its own."""
 
-    def __init__(self, actors: str, containment: str, kind: str, *mode: str) -> None:
-        script = str(HERE / "faulty_supervisor.py")
+    def __init__(self, *arguments: str, script: str = "faulty_supervisor.py") -> None:
+        self._script = str(HERE / script)
         self._runtime = tempfile.mkdtemp(prefix="proctree-runtime-")
         # dash reaps what is re-parented to it, as pid 1 should.
         self._init = subprocess.Popen(
             ["unshare", *([] if os.geteuid() == 0 else ["-U", "-r"])]
             + ["-p", "-f", "-m", "--mount-proc", "--kill-child"]
             + ["sh", "-c", '"$@"; exit $?', "sh"]
-            + [sys.executable, script, actors, containment, kind, *mode],
+            + [sys.executable, self._script, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=HERE.parent,
@@ -237,6 +238,7 @@ class Agent:
         self._buffer = b""
         self._leaf: str | None = None
         self.pid = 0
+        self.others: set[int] = set()
 
     def tell(self, message: dict[str, Any]) -> None:
         assert self._init.stdin is not None
@@ -264,9 +266,20 @@ class Agent:
     def find(self) -> int:
         if not self.pid:
             for process in psutil.Process(self._init.pid).children(recursive=True):
-                if "faulty_supervisor.py" in " ".join(process.cmdline()[1:2]):
+                if process.cmdline()[1:2] == [self._script]:
                     self.pid = process.pid
+                    break  # what comes later are its children
         return self.pid
+
+    def numbers(self, inner: int) -> set[int]:
+        """The number here of a process that has the number `inner` in the namespace."""
+        found = set()
+        for process in psutil.Process(self._init.pid).children(recursive=True):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            numbers = next(line for line in status.splitlines() if line.startswith("NSpid:"))
+            if int(numbers.split()[-1]) == inner:
+                found.add(process.pid)
+        return found
 
     def thread(self, inner: int) -> int:
         """The number here of a thread that has the number `inner` in the namespace."""
@@ -279,9 +292,9 @@ class Agent:
         raise LookupError(inner)
 
     def orphans(self) -> list[str]:
-        """Who is there but the supervisor and its init."""
+        """Who is there but the supervisor, its init, and the others that belong there."""
         found = []
-        known = {self._init.pid, self.find()}
+        known = {self._init.pid, self.find(), *self.others}
         for process in psutil.Process(self._init.pid).children(recursive=True):
             stat = proof.read_stat(process.pid)
             if process.pid in known or stat is None or stat.dead:
@@ -324,12 +337,14 @@ PLACES = {
 }
 
 
-def candidates(log: Path, calls: Sequence[str]) -> Candidates:
+def candidates(
+    log: Path, calls: Sequence[str], table: Mapping[str, Call] = MappingProxyType(CALLS)
+) -> Candidates:
     """Which invocations of a run without faults may fail, thread by thread."""
     threads = strace.invocations(log)
     found: Candidates = {}
     for name in calls:
-        at = re.compile(CALLS[name].at)
+        at = re.compile(table[name].at)
         for thread in threads:
             lines = thread.get(name, [])
             nths = [nth for nth, line in enumerate(lines, 1) if at.search(line)]

@@ -1,0 +1,290 @@
+"""A supervisor of durable runs that is run so that its system calls can be made to fail:
+test_durable_syscall_faults.py.
+
+It is told what to do by lines of JSON on its standard input, as faulty_supervisor.py is. Beside it
+is another supervisor, this program with the argument `unharmed`, whose calls never fail: it starts
+what the first one comes to, and finds out afterwards what has become of the key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from proctree import CAPTURE, KillPolicy, Lines, Outcome, ProctreeError, Stage, durable, registry
+from proctree import loop as _loop
+from proctree.containment import warden
+from proctree.durable import FileStore, reconnecting
+from proctree.process import proof
+
+CONTAINMENT = sys.argv[1]
+UNHARMED = sys.argv[-1] == "unharmed"
+POLICY = KillPolicy((Stage(15, 0.05), Stage(9, 2.0)))
+KEY = "key"
+LEAVE_SECONDS = 15.0
+"""How long something that is ending may take to be gone."""
+
+TREE = r"""
+exec 9>> "$1/alone"
+flock -n 9 || echo "$PROCTREE_TREE" >> "$1/two"
+echo out
+echo err >&2
+[ ! -p "$1/gate" ] || : < "$1/gate"
+"""
+"""Two of them at once are told by a lock that every member holds."""
+
+events: list[str] = []
+
+
+def _listen() -> None:
+    """To what proctree logs; structlog is not set up."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if record.exc_info:
+                text += "\n" + logging.Formatter().formatException(record.exc_info)
+            events.append(text)
+
+    logger = logging.getLogger("proctree")
+    logger.addHandler(Handler())
+    logger.propagate = False
+
+
+def _say(message: dict[str, Any], fd: int = 1) -> None:
+    left = json.dumps(message).encode() + b"\n"
+    while left:
+        left = left[os.writev(fd, [left]) :]
+
+
+def _hear(fd: int = 0) -> dict[str, Any]:
+    line = b""
+    piece = bytearray(1)
+    while not line.endswith(b"\n"):
+        if os.readv(fd, [piece]) == 0:
+            raise SystemExit
+        line += piece
+    return json.loads(line)
+
+
+def _target(folder: str) -> list[str]:
+    return ["sh", "-c", TREE, "sh", folder]
+
+
+def _options(folder: str) -> dict[str, Any]:
+    return {"store": f"{folder}/store", "containment": CONTAINMENT, "kill": POLICY}
+
+
+# -- the one that is not harmed
+
+
+def _leave(folder: str) -> dict[str, Any]:
+    """A tree that has come to its gate, and that nobody is attached to."""
+    os.mkfifo(f"{folder}/gate")
+    there = threading.Semaphore(0)
+    logs = Lines(lambda _line: there.release())
+    run = durable.start(KEY, _target(folder), logs=logs, **_options(folder))
+    for _ in ("out", "err"):
+        assert there.acquire(timeout=LEAVE_SECONDS)
+    run.detach()
+    assert run.wait() is not None
+    return {"tree": run.tree_id}
+
+
+def _finish(folder: str) -> dict[str, Any]:
+    outcome = durable.run(KEY, _target(folder), **_options(folder))
+    return {"tree": outcome.tree_id, "returncode": outcome.returncode}
+
+
+def _settle(folder: str) -> dict[str, Any]:
+    """What a fault has left is ended, and the next call works."""
+    wrong = []
+    store = FileStore(f"{folder}/store")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{folder}/gate")
+    with contextlib.suppress(durable.UnknownKey):
+        durable.cancel(KEY, store=store, timeout=LEAVE_SECONDS)
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while store.claimed(KEY) and time.monotonic() < deadline:
+        time.sleep(0.005)  # a lock tells nobody when it is free
+    if store.claimed(KEY):
+        wrong.append("the lock is held")
+    else:
+        outcome = durable.run(KEY, _target(folder), logs=(CAPTURE, None), **_options(folder))
+        if not outcome.ok or outcome.stdout != b"out\n":
+            wrong.append(f"the next call: {outcome!r}")
+        durable.forget(KEY, store=store)
+    if os.path.exists(f"{folder}/two"):
+        wrong.append("two trees of one key ran at once")
+    return {"wrong": wrong}
+
+
+DOINGS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "leave": _leave,
+    "finish": _finish,
+    "settle": _settle,
+}
+
+
+def serve() -> None:
+    while True:
+        task = _hear()
+        try:
+            answer = DOINGS[task["do"]](task["folder"])
+        except Exception as error:  # the test is to see it
+            answer = {"wrong": [repr(error)]}
+        _say(answer)
+
+
+# -- the one whose calls fail
+
+
+class Unharmed:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *sys.argv, "unharmed"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.pid = self._process.pid
+
+    def do(self, what: str, folder: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        _say({"do": what, "folder": folder}, self._process.stdin.fileno())
+        return _hear(self._process.stdout.fileno())
+
+
+class Scenario:
+    """What is done with the key in a folder; everything else is prepared before."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+        self.options = {"logs": (CAPTURE, Lines(self.lines.append)), **_options(folder)}
+        self.store = FileStore(self.options["store"])
+
+    def start(self) -> Outcome | None:
+        return durable.start(KEY, _target(self.folder), **self.options).wait()
+
+    def reconnect(self) -> Outcome | None:
+        run = durable.start(KEY, _target(self.folder), **self.options)
+        try:
+            run.kill(reason="enough")
+        except BaseException:
+            run.detach()
+            raise
+        return run.wait()
+
+    def attach(self) -> Outcome | None:
+        run = durable.attach(KEY, logs=self.options["logs"], store=self.store)
+        run.detach()
+        return run.wait()
+
+    def result(self) -> Outcome | None:
+        return durable.start(KEY, _target(self.folder), **self.options).wait()
+
+    def cancel(self) -> Outcome | None:
+        return durable.cancel(KEY, store=self.store, timeout=LEAVE_SECONDS)
+
+    def run(self, what: str) -> dict[str, Any]:
+        outcome: Outcome | None = getattr(self, what)()
+        fields = None if outcome is None else outcome.as_dict()
+        return {"outcome": fields, "lines": self.lines}
+
+
+BEFORE = {"reconnect": "leave", "attach": "leave", "cancel": "leave", "result": "finish"}
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "errno": getattr(error, "errno", None),
+        "text": str(error),
+        "notes": getattr(error, "__notes__", []),
+        "is_os_error": isinstance(error, OSError),
+    }
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def _children(known: int) -> list[str]:
+    """Zombies too: a process that nobody reaps is a leak."""
+    found = []
+    for process in psutil.Process().children():
+        stat = proof.read_stat(process.pid)
+        if stat is not None and stat.pid != known:
+            found.append(f"{stat.pid} {stat.name} {stat.state}")
+    return found
+
+
+def _entries() -> list[str]:
+    """Of the registry, which is ours alone here."""
+    return os.listdir(folder) if os.path.isdir(folder := registry.default_directory()) else []
+
+
+def check(before: dict[str, str], folder: str, unharmed: Unharmed) -> dict[str, Any]:
+    """What was left behind, and what becomes of the key."""
+    wrong = unharmed.do("settle", folder)["wrong"]
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while True:
+        opened = [f"{fd} {name}" for fd, name in _descriptors().items() if fd not in before]
+        children, files = _children(unharmed.pid), _entries()
+        if not (opened or children or files) or time.monotonic() > deadline:
+            break
+        time.sleep(0.005)  # the loop closes what is late, and tells nobody
+    try:
+        ours = durable.run(KEY, _target(folder), **_options(folder))
+        wrong += [] if ours.ok else [f"our next call: {ours!r}"]
+    except ProctreeError as error:
+        wrong.append(f"our next call: {error!r}")
+    return {"wrong": wrong, "opened": opened, "children": children, "files": files}
+
+
+def main() -> None:
+    # Whatever strace traces ends like this, and there is no second to lose on each.
+    warden.TRACER_PAUSE = 0.01
+    # A lasting fault keeps a supervisor from ever reaching the warden.
+    reconnecting.PATIENCE = 2.0
+    reconnecting.ANSWER_SECONDS = 1.0
+    _listen()
+    unharmed = Unharmed()
+    before: dict[str, str] | None = None
+    while True:
+        task = _hear()
+        what, folder = task["do"], task["folder"]
+        events.clear()
+        said = unharmed.do(BEFORE[what], folder) if what in BEFORE else {}
+        scenario = Scenario(folder)
+        thread = _loop.get()._thread.native_id if _loop.exists() else None
+        _say({"loop": thread, "unharmed": unharmed.pid, **said})
+        _hear()
+        try:
+            answer = scenario.run(what)
+        except (OSError, RuntimeError, MemoryError, ProctreeError) as error:
+            answer = {"error": _failure(error)}
+        _say({**answer, **said})
+        _hear()
+        if before is None:  # what is made once, with the first run, is not what is tested here
+            before = _descriptors()
+        _say({**check(before, folder, unharmed), "events": list(events)})
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    serve() if UNHARMED else main()

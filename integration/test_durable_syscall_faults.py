@@ -1,0 +1,285 @@
+"""System calls that fail, one by one, in a supervisor of durable runs.
+
+Whatever fails, one of two things holds. There is an error that names the step and the errno:
+`StoreUnusable`, `StillRunning`, `ContainmentUnavailable`, an `OSError` with a note. Or it works as
+if nothing had been. In both cases a supervisor whose calls do not fail can end what is left, finds
+the key's lock free then and its next call works, two trees of the key never run at once, and the
+one that was harmed keeps no descriptor and no zombie.
+
+How it is done: as in test_syscall_faults.py, thread by thread; PROCTREE_FAULTS works as there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from integration import strace
+from integration.conftest import eventually
+from integration.strace import Fault
+from integration.test_syscall_faults import CALLS, EVERYTHING, Agent, Call, candidates, simple
+
+pytestmark = [
+    pytest.mark.not_with(
+        "sanitized", "the sanitizer makes system calls of its own, and may not fail"
+    ),
+    pytest.mark.not_with("valgrind", "valgrind makes system calls of its own, and may not fail"),
+]
+
+STORE = "/store"
+"""What strace shows of paths below it."""
+
+# What goes wrong with the files of a store.
+FILES: dict[str, Call] = {
+    "openat": simple("EMFILE", "ENOMEM", "EIO", lasting=("EMFILE",)),
+    "open": simple("EMFILE", "ENOMEM", "EIO", lasting=("EMFILE",)),
+    "read": simple("EIO", "ENOMEM", at=f"</proc/|</sys/|{STORE}"),
+    "pread64": simple("EIO"),
+    "preadv": simple("EIO"),
+    "pwrite64": simple("ENOSPC", "EIO", lasting=("ENOSPC", "EROFS")),
+    "mkdir": simple("ENOSPC", "EMFILE", lasting=("EROFS", "EPERM")),
+    "mkdirat": simple("ENOSPC", lasting=("EROFS", "EPERM")),
+    "rename": simple("EIO", "ENOSPC", lasting=("EROFS",)),
+    "renameat": simple("EIO", "ENOSPC", lasting=("EROFS",)),
+    "unlink": simple("EIO", lasting=("EROFS",)),
+    "unlinkat": simple("EIO", lasting=("EROFS",)),
+    "rmdir": simple("EIO", lasting=("EROFS",)),
+    "fsync": simple("EIO", "ENOSPC", lasting=("EIO",)),
+    "ftruncate": simple("EIO", lasting=("EIO",)),
+    "fallocate": simple("ENOSPC", "EOPNOTSUPP", "EINTR", lasting=("ENOSPC", "EOPNOTSUPP")),
+    "flock": simple("ENOLCK", "EINTR", lasting=("ENOLCK",)),
+    "fstat": simple("ENOMEM"),
+    "stat": simple("ENOMEM", "EIO"),
+    "lstat": simple("ENOMEM", "EIO"),
+    "newfstatat": simple("ENOMEM", "EIO"),
+    "fchmod": simple("EIO", lasting=("EROFS",)),
+    # The attempt's socket. EPERM: a security module.
+    "socket": simple("EMFILE", "ENOMEM", lasting=("EMFILE", "EPERM")),
+    "bind": simple("ENOSPC", "ENOMEM", lasting=("EPERM", "EROFS")),
+    "connect": simple("EAGAIN", "ECONNREFUSED", "EINTR", lasting=("EPERM", "ECONNREFUSED")),
+    "getsockopt": simple("ENOMEM", lasting=("EPERM",)),
+    "inotify_init1": simple("EMFILE", "ENOMEM", lasting=("EMFILE",)),
+    "inotify_add_watch": simple("ENOSPC", "ENOMEM", lasting=("ENOSPC",)),
+    "memfd_create": simple("EMFILE", "ENOMEM", lasting=("EMFILE",)),
+}
+TABLE = {**CALLS, **FILES}
+
+LEFT_OUT = {
+    "main": {
+        "mmap": "memory of the interpreter's: a MemoryError, wherever it may be",
+        "readv": "how it is told what to do",
+    },
+    "loop": {},
+}
+"""Why a call of a thread is not made to fail."""
+
+
+class Place(NamedTuple):
+    """What is done, and which thread's calls fail."""
+
+    what: str
+    thread: str
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+
+PLACES = [
+    Place(what, thread)
+    for what in ("start", "reconnect", "attach", "result", "cancel")
+    for thread in ("main", "loop")
+    if (what, thread) != ("result", "loop")  # it does nothing then
+]
+
+
+class Bench:
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._folder = tempfile.mkdtemp(prefix="proctree-faults-")
+        self._log = Path(self._folder, "strace")
+        self._agent: Agent | None = None
+
+    def close(self) -> None:
+        self._drop()
+        shutil.rmtree(self._folder)
+
+    def _drop(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+    def _supervisor(self) -> Agent:
+        if self._agent is None:
+            self._agent = Agent("warden", script="faulty_durable.py")
+            # Its first run makes what is made once.
+            for what in ("start", self._place.what):
+                answer = self._live(self._agent, what, None, None)
+                assert not wrong_in(what, answer), answer
+        return self._agent
+
+    def _live(
+        self, agent: Agent, what: str, calls: str | None, fault: Fault | None
+    ) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            agent.tell({"do": what, "folder": folder})
+            told = agent.hear()
+            agent.others = agent.numbers(told["unharmed"])
+            if calls is None:
+                agent.tell({})
+                answer = agent.hear()
+            else:
+                main = self._place.thread == "main"
+                thread = agent.find() if main else agent.thread(told["loop"])
+                self._log.unlink(missing_ok=True)
+                with strace.attached(thread, self._log, calls, fault):
+                    agent.tell({})
+                    answer = agent.hear()
+            agent.tell({})
+            return {"before": told.get("tree"), **answer, **agent.hear()}
+
+    def faults(self) -> Iterator[Fault]:
+        answer = self._live(self._supervisor(), self._place.what, "all", None)
+        assert not wrong_in(self._place.what, answer), answer
+        calls = [name for name in TABLE if name not in LEFT_OUT[self._place.thread]]
+        for name, (nths, *_) in candidates(self._log, calls, TABLE).items():
+            yield from chosen(name, nths)
+
+    def attempt(self, fault: Fault) -> tuple[list[str], bool]:
+        """What is wrong with what came of it, and whether the call was made at all."""
+        wrong: list[str] = []
+        answer: dict[str, Any] = {}
+        try:
+            agent = self._supervisor()
+            answer = self._live(agent, self._place.what, fault.call, fault)
+            wrong = judge(fault, self._place.what, answer)
+            if left := lasting_orphans(agent):
+                wrong.append(f"orphans {left}")
+        except TimeoutError:
+            wrong = ["hangs"]
+        except EOFError:
+            wrong = ["the supervisor died"]
+        if wrong:
+            self._drop()
+            wrong.append(json.dumps(answer))
+        made = strace.injected(self._log)
+        if not fault.onwards and not any(re.search(TABLE[fault.call].at, line) for line in made):
+            return [], False  # this one could not have failed with that errno
+        return wrong, bool(made)
+
+
+def lasting_orphans(agent: Agent) -> list[str]:
+    """A warden is there for a moment when everybody knows that its tree has ended."""
+    try:
+        eventually(lambda: not agent.orphans(), "nobody is left")
+    except AssertionError:
+        return agent.orphans()
+    return []
+
+
+# -- what is tried
+
+
+def chosen(name: str, nths: list[int]) -> Iterator[Fault]:
+    """All of them, or a sample: three invocations of each call, and one errno that lasts."""
+    once, lasting, _left_out, _at = TABLE[name]
+    if EVERYTHING == "all":
+        for nth in nths:
+            yield from (Fault(name, error, nth) for error in once)
+        yield from (Fault(name, error, 1, onwards=True) for error in lasting)
+        yield from (Fault(name, error, nths[len(nths) // 2], onwards=True) for error in lasting)
+        return
+    if once:
+        for turn, nth in enumerate(sorted({nths[0], nths[len(nths) // 2], nths[-1]})):
+            yield Fault(name, once[turn % len(once)], nth)
+    if lasting:
+        yield Fault(name, lasting[0], 1, onwards=True)
+
+
+# -- what must hold
+
+STEP = re.compile(r"at step '|^step '")
+REASONS = {"start": "exited", "result": "exited", "attach": "detached"}
+
+
+def wrong_in(what: str, answer: dict[str, Any]) -> list[str]:
+    """What is wrong with it if everything is to work."""
+    wrong = [*answer.get("wrong", ())]
+    wrong += [
+        f"leaves {name} {answer[name]}"
+        for name in ("opened", "children", "files")
+        if answer.get(name)
+    ]
+    if "error" in answer:
+        return wrong
+    outcome = answer["outcome"]
+    if outcome is None:
+        return [*wrong, "it says that nothing ran"]
+    # Where a record could not be read, another attempt is made.
+    again = any("durable.unreadable" in event for event in answer["events"])
+    if outcome["reason"] != REASONS.get(what, "killed") and not again:
+        wrong.append(f"ended by what nobody asked for: {outcome['reason']}")
+    if what in ("start", "result") and outcome["returncode"] != 0:
+        wrong.append(f"exit status {outcome['returncode']}")
+    if answer["before"] not in (None, outcome["tree_id"]) and not again:
+        wrong.append("another tree was started")
+    if what not in ("cancel", "attach") and not unread(answer) and outcome["stdout"] != "out\n":
+        wrong.append(f"output is missing: {outcome['stdout']!r}")
+    return wrong
+
+
+def unread(answer: dict[str, Any]) -> bool:
+    """It was said that the output could not be read."""
+    return any("durable.unreadable_output" in event for event in answer["events"])
+
+
+def judge(fault: Fault, what: str, answer: dict[str, Any]) -> list[str]:
+    wrong = wrong_in(what, answer)
+    wrong += [f"a defect: {event}" for event in answer["events"] if "defect" in event]
+    if "error" not in answer:
+        return wrong
+    error = answer["error"]
+    said = json.dumps(error)
+    note = any("proctree: " in note and "at step" in note for note in error["notes"])
+    named = {
+        "StoreUnusable": STEP.search(error["text"]) is not None,
+        "ContainmentUnavailable": True,
+        "StillRunning": True,
+    }
+    if not named.get(error["type"], error["is_os_error"] and note):
+        wrong.append(f"an error that names no step: {said}")
+    named_errno = fault.error in said or error["errno"] == getattr(errno, fault.error)
+    # Out of patience it cannot know why nobody has answered.
+    if not named_errno and error["type"] != "StillRunning":
+        wrong.append(f"an error that names another cause: {said}")
+    return wrong
+
+
+@pytest.mark.timeout(0 if EVERYTHING == "all" else 120)
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_every_call_of_a_durable_run_may_fail(place: Place) -> None:
+    bench = Bench(place)
+    failures, made, missed = [], 0, []
+    try:
+        named = EVERYTHING not in ("", "all")
+        faults = map(Fault.parse, EVERYTHING.split(",")) if named else bench.faults()
+        for fault in [*faults]:
+            wrong, happened = bench.attempt(fault)
+            made += happened
+            if not happened:
+                missed.append(str(fault))
+            failures += [f"{fault}: {text}" for text in wrong]
+            if wrong:
+                print(f"{place} {fault}: {wrong}", flush=True)
+    finally:
+        bench.close()
+    print(f"{place}: {made} faults, {len(missed)} missed: {missed}")
+    assert not failures, "\n".join(failures)
+    assert made
