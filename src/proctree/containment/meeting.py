@@ -27,7 +27,9 @@ def _address(directory: int) -> str:
 def _socket() -> socket.socket:
     with fds.making():
         made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock = socket.socket(fileno=fds.own(fds.above_stdio(made.detach())))
+        fd = fds.own(fds.above_stdio(made.detach()))
+        # What is not given is asked for by getsockopt(2), and if that fails nobody has `fd`.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
     sock.setblocking(False)
     return sock
 
