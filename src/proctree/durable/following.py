@@ -184,7 +184,7 @@ def _open_log(place: str, name: str) -> int | None:
     try:
         # The tree may have put anything in its place: opening a FIFO must not block.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
+        if _is_regular(fd):
             return fds.own(fds.above_stdio(fd))
         os.close(fd)
     except OSError as error:
@@ -194,6 +194,14 @@ def _open_log(place: str, name: str) -> int | None:
         return None
     events.warning("durable.unreadable_output", path=path, errno="not a regular file")
     return None
+
+
+def _is_regular(fd: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _unreadable(path: str, error: OSError) -> None:

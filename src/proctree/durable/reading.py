@@ -80,12 +80,14 @@ class GrowingFile:
                 return
             try:
                 size, more = self._read_once()
+                truncated = size == 0 and self._truncated(os.fstat(self._fd).st_size)
             except OSError as error:
-                self._failed(error)
+                self._waiting = True
+                self._failed(error, self._go_on)
                 return
+            if truncated:
+                continue
             if size == 0:
-                if self._truncated():
-                    continue
                 if self._end is not None:
                     self._finish()
                 return
@@ -111,13 +113,12 @@ class GrowingFile:
         self._offset += size
         return size, more
 
-    def _truncated(self) -> bool:
-        """At the end of the file: whether it is to be read from its beginning.
+    def _truncated(self, size: int) -> bool:
+        """At the end of a file of this size: whether it is to be read from its beginning.
 
         A file that was truncated and has grown beyond where we were cannot be told from one that
         has only grown: there what is between is missed.
         """
-        size = os.fstat(self._fd).st_size
         if size >= self._offset:
             return False
         events.warning("durable.truncated", path=self._path, offset=self._offset, size=size)
@@ -127,10 +128,9 @@ class GrowingFile:
         self._restarted()
         return True
 
-    def _failed(self, error: OSError) -> None:
+    def _failed(self, error: OSError, again: Callable[[], None]) -> None:
         if error.errno == errno.ENOMEM:
-            self._waiting = True
-            self._loop.call_later(LOOK_SECONDS, self._go_on)
+            self._loop.call_later(LOOK_SECONDS, again)
             return
         why = errno_name(error.errno or 0)
         events.warning("durable.unreadable_output", path=self._path, errno=why)
@@ -140,12 +140,13 @@ class GrowingFile:
         """The tree is empty: what the file holds now is all that it ever wrote."""
         if self._finished or self._end is not None:
             return
-        size = os.fstat(self._fd).st_size
-        if size < self._offset:
-            self._end = self._offset  # for `_truncated`, which sets it right
-            self._truncated()
-        else:
-            self._end = size
+        try:
+            size = os.fstat(self._fd).st_size
+        except OSError as error:
+            self._failed(error, self.drain)
+            return
+        self._end = size
+        self._truncated(size)
         self._look()
 
     def _finish(self) -> None:
