@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from proctree import events
 from proctree import loop as _loop
 from proctree import tree as _tree
 from proctree.durable.errors import NotOwner
@@ -101,7 +102,19 @@ class Run:
                 # Once the key is forgotten, another tree may have our number.
                 if request is not None and request.tree_id == self.tree_id and how is not None:
                     return outcome_of(how, self._request, ending)
+                if attempt.number == self.number and attempt.trouble:
+                    self._warn(attempt)
         return Outcome.of(ending)
+
+    def _warn(self, attempt: Attempt) -> None:
+        """Then all that is known of the end is what we have seen of it."""
+        events.warning(
+            "durable.unreadable",
+            key=self.key,
+            attempt=attempt.number,
+            kept=attempt.place,
+            error=attempt.trouble,
+        )
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Waits for the end of the run, or for `detach`.
