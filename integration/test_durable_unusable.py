@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from integration.durable_parts import (
 )
 from proctree import durable
 from proctree.command import TREE_VARIABLE
+from proctree.durable import starting
+from proctree.durable.recording import Request
+from proctree.durable.wish import to_wish
 from proctree.process.namespaces import CLONE_NEWNS
 
 FLIPS = 20
@@ -307,3 +311,27 @@ def test_beside_a_tree_whose_record_is_changed_nothing_is_started(
     status, trouble, two = zygote.call(damage_running, str(tmp_path))
     assert two == []
     assert status == 0, trouble
+
+
+@pytest.mark.parametrize("with_file", [False, True], ids=["gone", "a file in its place"])
+def test_a_failure_to_record_does_not_hide_why_nothing_was_started(
+    tmp_path: Path, with_file: bool
+) -> None:
+    """The output cannot be opened, and then the attempt's end cannot be recorded either."""
+    store = durable.FileStore(tmp_path / "store")
+    claim = store.claim(KEY)
+    assert claim is not None
+    attempts = Path(claim.place.attempts)
+
+    def lose_attempts(_request: Request) -> float:
+        attempts.rename(tmp_path / "attempts")
+        if with_file:
+            attempts.touch()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) + 60.0
+
+    try:
+        with pytest.raises(OSError, match=r"out\.log"):
+            starting.start(claim, to_wish(KEY, ["true"]), store, lose_attempts)
+    finally:
+        claim.release()
+    assert not store.claimed(KEY)

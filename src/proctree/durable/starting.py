@@ -23,14 +23,14 @@ import time
 from collections.abc import Callable
 
 from proctree import containment as _containment
+from proctree import events, registry
 from proctree import loop as _loop
-from proctree import registry
 from proctree import tree as _tree
 from proctree.command import Command
 from proctree.containment.base import Keep, Wanted
 from proctree.containment.warden import WardenContained
 from proctree.durable.directory import FileClaim, FileStore
-from proctree.durable.errors import StillRunning
+from proctree.durable.errors import StillRunning, StoreUnusable
 from proctree.durable.following import Followed
 from proctree.durable.recording import Cause, Exit, Request
 from proctree.durable.running import Live, Run
@@ -184,6 +184,15 @@ def _launch(tree: _tree.Tree, *, keep: bool) -> None:
 def _record_failure(claim: FileClaim, attempt: Attempt, tree: _tree.Tree) -> None:
     """If not even a warden could be made, who records what a warden would have."""
     error = tree.start_error
+    if error is None or tree.contained.pid is not None:
+        return
     number = error.errno if isinstance(error, OSError) and error.errno else 0
-    if error is not None and tree.contained.pid is None and claim.attempts()[-1].exit is None:
-        claim.finish(attempt, Exit(None, Cause.NOT_STARTED, error=number))
+    try:
+        known = claim.attempts()
+        if known and known[-1].exit is None:
+            claim.finish(attempt, Exit(None, Cause.NOT_STARTED, error=number))
+    except StoreUnusable as failed:
+        # It must not hide why nothing was started. Who comes next finds an attempt that was lost.
+        events.warning(
+            "durable.unrecorded", key=claim.place.key, attempt=attempt.number, error=str(failed)
+        )
