@@ -7,6 +7,7 @@ that the tree is empty. Which signal when is decided here, by the lifecycle.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -348,7 +349,13 @@ class WardenContained(Contained):
     def _has_ended(self) -> bool:
         poller = select.poll()
         poller.register(self._pidfd, READ)
-        return bool(poller.poll(0))
+        try:
+            return bool(poller.poll(0))
+        except OSError as error:
+            # Not as far as we know, then: the loop, which watches the same pidfd, will tell.
+            if error.errno != errno.ENOMEM:
+                raise
+            return False
 
     def _look_for_end(self) -> None:
         if self._reap():
