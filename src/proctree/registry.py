@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from proctree import events
-from proctree.errors import ProctreeError, errno_name
+from proctree.errors import ProctreeError, errno_name, step
 from proctree.process import cgroups, fds, private, proof
 from proctree.process import sweep as _sweep
 from proctree.process.private import NotPrivate
@@ -141,13 +141,14 @@ def _unescape(text: str) -> str:
 
 
 def boot_id() -> str:
-    with open(_BOOT_ID, encoding="ascii") as file:
+    with step("boot-id"), open(_BOOT_ID, encoding="ascii") as file:
         return file.read().strip()
 
 
 def pid_namespace() -> int:
     """Numbers mean something in their own PID namespace only (pid_namespaces(7))."""
-    return os.stat("/proc/self/ns/pid").st_ino
+    with step("pid-namespace"):
+        return os.stat("/proc/self/ns/pid").st_ino
 
 
 _here: dict[int, tuple[str, int]] = {}
