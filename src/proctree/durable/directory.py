@@ -353,7 +353,10 @@ class FileClaim(Claim):
             if not trouble:
                 return
             name = f"{folders.HANDLE}.{time.time_ns()}"
-            os.rename(folders.HANDLE, name, src_dir_fd=fd, dst_dir_fd=fd)
+            try:
+                os.rename(folders.HANDLE, name, src_dir_fd=fd, dst_dir_fd=fd)
+            except FileNotFoundError:
+                return  # a tree has none, and it was the looking for it that failed
             files.sync_directory(fd)
         self._warn(attempt.number, os.path.join(attempt.place, name), trouble)
 
