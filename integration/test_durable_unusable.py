@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,3 +336,41 @@ def test_a_failure_to_record_does_not_hide_why_nothing_was_started(
     finally:
         claim.release()
     assert not store.claimed(KEY)
+
+
+UNDER_UMASK = """
+import os, sys
+from proctree import CAPTURE, durable
+
+os.umask(0o777)
+store = sys.argv[1]
+options = {"store": store, "logs": (CAPTURE, None), "containment": "warden"}
+first = durable.start("one", ["sleep", "600"], store=store, containment="warden")
+second = durable.attach("one", store=store)
+first.kill()
+reasons = [str(run.wait().reason) for run in (first, second)]
+again = [durable.run("two", ["sh", "-c", "echo x"], **options) for _ in range(2)]
+same = again[0].tree_id == again[1].tree_id
+durable.forget("one", store=store)
+durable.forget("two", store=store)
+os.write(1, f"{reasons} {again[0].stdout} {again[1].stdout} {same}".encode())
+"""
+
+
+def test_a_umask_that_takes_our_own_rights_does_not_keep_us_from_the_records(
+    tmp_path: Path,
+) -> None:
+    # Root has the rights nevertheless, unless it is deprived of that.
+    powers = "-dac_override,-dac_read_search"
+    deprived = ["setpriv", f"--bounding-set={powers}"] if os.geteuid() == 0 else []
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(0o700)
+    done = subprocess.run(
+        [*deprived, sys.executable, "-c", UNDER_UMASK, f"{tmp_path}/above/store"],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(runtime)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "['killed', 'killed'] b'x\\n' b'x\\n' True", done.stderr
+    assert done.stderr == ""

@@ -40,6 +40,8 @@ def bind(directory: int) -> socket.socket:
     sock = _socket()
     try:
         sock.bind(_address(directory))
+        # Who connects must be allowed to write (unix(7)), whatever the umask takes away.
+        os.chmod(_address(directory), 0o700)
     except BaseException:
         fds.close(sock.detach())
         raise

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 
 from proctree import events
 from proctree.errors import errno_name
-from proctree.process import fds
+from proctree.process import fds, private
 
 NAME = "cursor"
 STREAMS: tuple[str, str] = ("stdout", "stderr")
@@ -124,9 +124,9 @@ class Cursor:
 
     def _open(self) -> None:
         path = os.path.join(self._place, NAME)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK
         with fds.making():
-            self._fd = fds.own(fds.above_stdio(os.open(path, flags, 0o600)))
+            self._fd = fds.own(fds.above_stdio(private.create(path, flags)))
 
     def close(self) -> None:
         """Gives back the descriptor. Whatever moves it later is not written."""

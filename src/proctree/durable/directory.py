@@ -109,8 +109,8 @@ def _is_held(path: str) -> bool:
 
 def _open_lock(path: str) -> int:
     with fds.making():
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        return fds.own(fds.above_stdio(os.open(path, flags, 0o600)))
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return fds.own(fds.above_stdio(private.create(path, flags)))
 
 
 # -- the store
@@ -123,7 +123,7 @@ def _make_parents(path: str) -> None:
         return
     _make_parents(parent)
     with contextlib.suppress(FileExistsError):
-        os.mkdir(parent, 0o700)
+        private.make_directory(parent)
         files.sync(os.path.dirname(parent))
 
 
@@ -392,7 +392,7 @@ class FileClaim(Claim):
         run, sock = -1, None
         try:
             with step("begin", new):
-                os.mkdir(new, 0o700)
+                private.make_directory(new)
                 run = _open_directory(new)
                 _fill(run, request, tree)
                 sock = meeting.bind(run) if tree else None

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from proctree.durable.errors import StoreUnusable
 from proctree.durable.recording import Unreadable
 from proctree.errors import errno_name
+from proctree.process import private
 from proctree.process.private import NotPrivate
 
 RECORD_MAX = 1 << 20
@@ -95,8 +96,8 @@ def sync(path: str) -> None:
 
 
 def _create(name: str, directory: int) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(name, flags, 0o600, dir_fd=directory)
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    return private.create(name, flags, dir_fd=directory)
 
 
 def write(directory: int, name: str, data: bytes, *, sync: bool = True) -> None:

@@ -1,5 +1,5 @@
-"""Directories that are ours alone: in a place that others can write to, one may have been there
-first."""
+"""What is ours alone, and for us to use whatever the umask says. In a place that others can write
+to, a directory may have been there first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import os
 import stat
 
 from proctree.errors import ProctreeError
+
+_DIRECTORY = 0o700
+_FILE = 0o600
 
 
 class NotPrivate(ProctreeError):
@@ -42,7 +45,36 @@ def make(path: str) -> bool:
     """
     made = False
     with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
+        make_directory(path)
         made = True
     check(path)
     return made
+
+
+def make_directory(path: str) -> None:
+    """A new one. A umask may take our own rights too: then they are given by chmod(2), which it
+    does not touch. Raises OSError."""
+    os.mkdir(path, _DIRECTORY)
+    if os.lstat(path).st_mode & _DIRECTORY != _DIRECTORY:
+        os.chmod(path, _DIRECTORY)
+
+
+def create(path: str, flags: int, *, dir_fd: int | None = None) -> int:
+    """A descriptor of a file that is made if need be; as `make_directory`.
+
+    Args:
+        flags: for open(2); O_CREAT is added.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    fd = os.open(path, flags | os.O_CREAT, _FILE, dir_fd=dir_fd)
+    try:
+        # One that was there may be somebody else's, and was opened all the same.
+        info = os.fstat(fd)
+        if info.st_mode & _FILE != _FILE and info.st_uid == os.geteuid():
+            os.fchmod(fd, _FILE)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
