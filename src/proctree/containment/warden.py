@@ -149,6 +149,7 @@ class WardenContained(Contained):
         self._template = wanted.template
         self._start = b""
         self._reaper_lost = False
+        self._disconnected = ""
         self._reaper_due: float | None = None
 
     @classmethod
@@ -532,11 +533,13 @@ class WardenContained(Contained):
         self._drop_control()
         if self._released:
             return  # its end is awaited
+        # It may end while we try to come back: why we had to is what counts.
+        self._disconnected = self._disconnected or detail
         if self._keeps and not self._has_ended():
-            self._come_back(detail)
+            self._come_back(self._disconnected)
             return
         self._lost = True
-        self._owner.happened(Event.LOST, detail=detail)
+        self._owner.happened(Event.LOST, detail=self._disconnected)
 
     def _come_back(self, detail: str) -> None:
         """A warden that keeps its tree lets go of those who do not read for a while, as a process
@@ -567,6 +570,7 @@ class WardenContained(Contained):
                 self._owner.happened(Event.LOST, detail=detail)
                 return
             fds.close(link.pidfd)
+            self._disconnected = ""
             self._control = link.control
             self._loop.register(link.control.fileno(), READ, self._readable)
             self._own(link.owned)
