@@ -251,6 +251,7 @@ def judge(fault: Fault, what: str, answer: dict[str, Any]) -> list[str]:
     named = {
         "StoreUnusable": STEP.search(error["text"]) is not None,
         "ContainmentUnavailable": True,
+        "WardenLost": True,
         "StillRunning": True,
     }
     if not named.get(error["type"], error["is_os_error"] and note):

@@ -32,10 +32,10 @@ from proctree.durable.recording import Cause
 from proctree.durable.sql import SqlStore
 from proctree.durable.store import Attempt
 
-SECONDS = float(os.environ.get("PROCTREE_STORM_SECONDS", "8"))
+SECONDS = float(os.environ.get("PROCTREE_STORM_SECONDS", "6"))
 KEYS = 20
 MACHINES = ("here", "there")
-COMPETITORS = 6
+COMPETITORS = 6 if SECONDS > 30 else 3
 """On each machine."""
 LEASE = 1.5
 PAUSE = 0.12

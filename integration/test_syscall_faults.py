@@ -466,7 +466,8 @@ def judge(
         if fault.error in HARMLESS.get(fault.call, ()):
             wrong.append(f"an error for what is harmless: {said}")
         note = any("proctree: " in note and "at step" in note for note in error["notes"])
-        if error["type"] != "ContainmentUnavailable" and not (error["is_os_error"] and note):
+        unavailable = error["type"] in ("ContainmentUnavailable", "WardenLost")
+        if not unavailable and not (error["is_os_error"] and note):
             wrong.append(f"an error that names no step: {said}")
         if fault.error not in said and error["errno"] != getattr(errno, fault.error):
             wrong.append(f"an error that names another cause: {said}")

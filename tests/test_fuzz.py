@@ -96,11 +96,17 @@ def atheris() -> None:
         pytest.skip(reason)
 
 
+MISTAKE_TIMES = 20
+"""How many times as many runs a mistake may take: what threads do is no seed's to say, and it is
+over when the mistake is found."""
+
+
 def fuzz_python(
     target: str, folder: Path, package: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     fuzzing.write_seeds(target, folder / "corpus")
-    how = f"-runs={PYTHON_RUNS[target]}", "-seed=1"
+    times = 1 if package is None else MISTAKE_TIMES
+    how = f"-runs={times * PYTHON_RUNS[target]}", "-seed=1"
     return subprocess.run(
         fuzzing.command(target, Path(), folder / "corpus", folder, *how),
         capture_output=True,

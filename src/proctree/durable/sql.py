@@ -70,6 +70,7 @@ _CONFLICTS = frozenset(
         "40001",  # serialization_failure
         "40P01",  # deadlock_detected
         "55P03",  # lock_not_available: lock_timeout
+        "25P03",  # idle_in_transaction_session_timeout: we were stopped, and it was undone
     }
 )
 
