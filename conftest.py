@@ -62,7 +62,9 @@ def _enter_place() -> None:
     with contextlib.suppress(ContainmentUnavailable, OSError):
         home = cgroups.find_home(cgroups.own_path()).path
         cgroup = f"{home.rstrip('/')}/proctree-suite-{os.getpid()}"
-        os.mkdir(cgroup)
+        # A run that was killed leaves its own behind, and process numbers come again.
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(cgroup)
         Place.cgroup, Place.before = cgroup, home
         _move_to(cgroup)
 

@@ -1,6 +1,6 @@
 """Many supervisors compete for many keys, and are killed at random: one tree a key, one success.
 
-The environment variable PROCTREE_STORM_SECONDS says how long the storms take in all; default 10.
+The environment variable PROCTREE_STORM_SECONDS says how long the storms take in all; default 6.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from integration.durable_parts import QUICK, recorded, succeeded
 from proctree import durable
 from proctree.process import proof
 
-SECONDS = float(os.environ.get("PROCTREE_STORM_SECONDS", "10"))
+SECONDS = float(os.environ.get("PROCTREE_STORM_SECONDS", "6"))
 KEYS = 100
 COMPETITORS = 8
 PAUSE = 0.04

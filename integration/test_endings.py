@@ -185,7 +185,9 @@ def runs(pid: int | None) -> bool:
         cgroup = Path(f"/proc/{pid}/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
         mount = cgroup_mount("cgroup2")
         events = None if mount is None else mount / cgroup.lstrip("/") / "cgroup.events"
-        return not stopped and (events is None or "frozen 1" not in events.read_text())
+        if events is None or not events.exists():  # the root has none, and cannot be frozen
+            return not stopped
+        return not stopped and "frozen 1" not in events.read_text()
     except FileNotFoundError:
         return False
 
