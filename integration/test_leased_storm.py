@@ -1,7 +1,7 @@
 """Many supervisors on two machines compete for many keys in one database; they are killed, and
 stopped for longer than a lease: one tree a key, one success on record.
 
-The environment variable PROCTREE_STORM_SECONDS says how long the storms take in all; default 4.
+The environment variable PROCTREE_STORM_SECONDS says how long the storms take in all; default 8.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from proctree.durable.recording import Cause
 from proctree.durable.sql import SqlStore
 from proctree.durable.store import Attempt
 
-SECONDS = float(os.environ.get("PROCTREE_STORM_SECONDS", "4"))
+SECONDS = float(os.environ.get("PROCTREE_STORM_SECONDS", "8"))
 KEYS = 20
 MACHINES = ("here", "there")
 COMPETITORS = 6 if SECONDS > 30 else 3
