@@ -33,7 +33,7 @@ from integration.conftest import (
     in_thread,
     is_alive,
 )
-from proctree import CAPTURE, Function, KillPolicy, Reason, Stage, durable
+from proctree import CAPTURE, Function, KillPolicy, Reason, Stage, durable, registry
 from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.durable import (
     DifferentTarget,
@@ -225,6 +225,23 @@ def test_what_has_finished_is_not_started_again(store: FileStore, job: Job) -> N
     assert (again.outcome.returncode, again.outcome.pid) == (0, first.pid)
     assert again.outcome.stdout == b"one\ntwo\n"
     assert again.outcome.usage == first.usage
+    assert job.ran == 1
+
+
+def test_what_a_warden_has_left_that_was_killed_behind_its_record_is_cleared_away(
+    store: FileStore, job: Job
+) -> None:
+    with durable.start("key", job.command, store=store) as run:
+        job.let_go()
+        run.wait(DEADLINE)
+    folder = registry.directory()
+    assert folder is not None
+    entry, control = Path(registry.path_of(folder, run.tree_id)), Path(run.place, "control")
+    entry.write_text(registry.record(run.tree_id, "sh", "warden", None))
+    control.touch()
+    assert durable.run("key", job.command, store=store).returncode == 0
+    assert not entry.exists()
+    assert not control.exists()
     assert job.ran == 1
 
 

@@ -247,6 +247,12 @@ def path_of(folder: str, tree_id: str) -> str:
     return os.path.join(folder, tree_id)
 
 
+def is_entered(tree_id: str) -> bool:
+    """Whether there is an entry of this tree, whoever holds it."""
+    folder = directory()
+    return folder is not None and os.path.lexists(path_of(folder, tree_id))
+
+
 def forget(path: str) -> None:
     """Removes the entry of a tree that is known to have ended, or the beginnings of one: a warden
     may be killed while it makes it."""

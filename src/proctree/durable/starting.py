@@ -28,6 +28,7 @@ from proctree import loop as _loop
 from proctree import tree as _tree
 from proctree.command import Command
 from proctree.containment.base import Keep, Wanted
+from proctree.containment.meeting import SOCKET_NAME
 from proctree.containment.warden import WardenContained
 from proctree.durable.directory import FileClaim, FileStore
 from proctree.durable.errors import StillRunning, StoreUnusable
@@ -67,6 +68,19 @@ def clear_away(last: Attempt, key: str) -> None:
             f"key {key!r}: attempt {last.number} has lost its warden and cannot be ended: {who}; "
             "nothing was started beside it"
         )
+
+
+def tidy(last: Attempt, key: str) -> None:
+    """A warden that was killed behind its record has left its entry in the registry, the directory
+    of its cgroup and its socket. With the key's lock.
+
+    Raises:
+        StillRunning: as `clear_away`.
+    """
+    if last.request is not None and registry.is_entered(last.request.tree_id):
+        clear_away(last, key)
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(last.place, SOCKET_NAME))
 
 
 # -- starting
