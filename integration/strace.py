@@ -44,6 +44,23 @@ class Fault(NamedTuple):
         return f"{self.call}={self.error}@{self.nth}{'+' if self.onwards else ''}"
 
 
+class Delay(NamedTuple):
+    """A system call that takes its time to come back, when it has done what it does.
+
+    Attributes:
+        call: its name.
+        seconds: how long.
+    """
+
+    call: str
+    seconds: float
+
+    @property
+    def expression(self) -> str:
+        """For `strace -e inject=`."""
+        return f"{self.call}:delay_exit={round(self.seconds * 1e6)}"
+
+
 _ENTRY = re.compile(r"^(?:(\d+) +)?([a-z_0-9]+)(\(.*)", re.MULTILINE)
 
 
@@ -63,7 +80,7 @@ def injected(log: Path) -> list[str]:
 
 @contextlib.contextmanager
 def attached(
-    task: int, log: Path, calls: str, fault: Fault | None, *, follow: bool = False
+    task: int, log: Path, calls: str, fault: Fault | Delay | None, *, follow: bool = False
 ) -> Iterator[None]:
     """Traces one thread; with `follow` its whole process, and what that forks."""
     command = ["strace", "-y", "-o", str(log), "-e", f"trace={calls}", "-p", str(task)]

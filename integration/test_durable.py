@@ -831,6 +831,23 @@ def test_a_watcher_that_comes_back_when_the_owner_has_gone_does_its_work(
     assert (outcome.reason, outcome.detail) == (Reason.TIMEOUT, "not done after 0.01 s")
 
 
+def test_one_that_comes_back_behind_the_record_and_before_the_end_of_the_warden(
+    store: FileStore, job: Job, tmp_path: Path
+) -> None:
+    """Nobody listens there any more, and the warden is not yet gone: the run has ended, and how it
+    did is known."""
+    run = durable.start("key", job.command, store=store, logs=CAPTURE, containment="warden")
+    control, slow = Path(run.place, "control"), strace.Delay("unlinkat", 1.0)
+    with strace.attached(warden_of(run.pid or 0), tmp_path / "strace", "unlinkat", slow):
+        with unaware(run):
+            job.let_go()
+            eventually(lambda: not control.exists(), "it is recorded")
+        outcome = run.wait(DEADLINE)
+    assert outcome is not None
+    assert (outcome.reason, outcome.returncode) == (Reason.EXITED, 0)
+    assert outcome.stdout == b"one\ntwo\n"
+
+
 STOPPED = """
 import signal
 contained = run._live.contained

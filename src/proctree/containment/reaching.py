@@ -21,6 +21,14 @@ from proctree.errors import errno_name
 from proctree.process import fds
 from proctree.protocol import ProtocolError, Type
 
+NOBODY_THERE = (
+    ConnectionRefusedError,
+    ConnectionResetError,
+    FileNotFoundError,
+    BrokenPipeError,
+)
+"""What `reach` raises when nobody listens: the tree is not yet started, or has ended."""
+
 _UCRED = struct.Struct("=iII")
 
 
@@ -59,8 +67,7 @@ def reach(place: str, *, own: bool, timeout: float) -> Link:
         timeout: seconds.
 
     Raises:
-        ConnectionRefusedError, FileNotFoundError, ConnectionResetError, BrokenPipeError: nobody
-            listens there: the tree is not yet started, or has ended.
+        NOBODY_THERE: as it says.
         TimeoutError: who listens does not answer.
         OSError: something else; `errno.EUSERS`: as many are attached as can be.
     """

@@ -42,6 +42,7 @@ from proctree.records import Member, Reason, Usage
 if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
     from proctree.containment.forking import Birth
+    from proctree.containment.reaching import Link
 
 WARDEN_VARIABLE = "PROCTREE_WARDEN"
 """Environment variable: another warden binary, for packagers and for sanitizer builds."""
@@ -57,6 +58,9 @@ to that."""
 
 COME_BACK_SECONDS = 10.0
 """How long a warden that lives may take to answer before it counts as lost."""
+
+COME_BACK_PAUSE = 0.02
+"""Seconds between two tries to reach one that lives and does not listen."""
 
 SAY_AGAIN_SECONDS = 0.02
 UNSAID_MAX = 256
@@ -536,47 +540,67 @@ class WardenContained(Contained):
         # It may end while we try to come back: why we had to is what counts.
         self._disconnected = self._disconnected or detail
         if self._keeps and not self._has_ended():
-            self._come_back(self._disconnected)
+            self._come_back(time.monotonic() + COME_BACK_SECONDS)
             return
         self._lost = True
         self._owner.happened(Event.LOST, detail=self._disconnected)
 
-    def _come_back(self, detail: str) -> None:
+    def _come_back(self, due: float) -> None:
         """A warden that keeps its tree lets go of those who do not read for a while, as a process
-        does that is stopped or very busy."""
-        from proctree.containment.reaching import Link, reach
+        does that is stopped or very busy.
+
+        Args:
+            due: of `time.monotonic`; by then it has taken us back, or cannot be reached.
+        """
+        from proctree.containment.reaching import reach
         from proctree.worker import Worker
 
         def work() -> None:
-            link: Link | None = None
+            found: Link | OSError
             try:
-                link = reach(self.place, own=True, timeout=COME_BACK_SECONDS)
+                found = reach(self.place, own=True, timeout=max(0.0, due - time.monotonic()))
             except OSError as error:
-                number = errno_name(error.errno or 0)
-                events.warning("durable.disconnected", tree_id=self.tree_id, errno=number)
-            self._loop.post(lambda: back(link))
-
-        def back(link: Link | None) -> None:
-            if self._owner is NOBODY or self._lost or self._reaped:
-                if link is not None:
-                    link.close()
-                return
-            if link is None:
-                if not self._has_ended():
-                    # It keeps its tree, and its lease decides: nothing is swept.
-                    self.owns = False
-                    self._owner.happened(Event.DETACHED, detail="its warden cannot be reached")
-                self._lost = True
-                self._owner.happened(Event.LOST, detail=detail)
-                return
-            fds.close(link.pidfd)
-            self._disconnected = ""
-            self._control = link.control
-            self._loop.register(link.control.fileno(), READ, self._readable)
-            self._own(link.owned)
-            self._say_all()
+                found = error
+            self._loop.post(lambda: self._back(found, due))
 
         Worker().post(work)
+
+    def _back(self, found: Link | OSError, due: float) -> None:
+        from proctree.containment.reaching import NOBODY_THERE
+
+        if self._owner is NOBODY or self._lost or self._reaped:
+            if not isinstance(found, OSError):
+                found.close()
+        elif not isinstance(found, OSError):
+            self._take_back(found)
+        elif isinstance(found, NOBODY_THERE) and time.monotonic() < due:
+            # It does not listen yet, or not any more: behind the record of its tree's end it lives
+            # on for a moment, and its pidfd, which is watched, tells when it has gone.
+            self._loop.call_later(COME_BACK_PAUSE, lambda: self._try_again(due))
+        else:
+            self._unreached(found)
+
+    def _try_again(self, due: float) -> None:
+        if self._owner is not NOBODY and not self._lost and not self._reaped:
+            self._come_back(due)
+
+    def _take_back(self, link: Link) -> None:
+        fds.close(link.pidfd)
+        self._disconnected = ""
+        self._control = link.control
+        self._loop.register(link.control.fileno(), READ, self._readable)
+        self._own(link.owned)
+        self._say_all()
+
+    def _unreached(self, error: OSError) -> None:
+        if not self._has_ended():
+            # It keeps its tree, and its lease decides: nothing is swept.
+            number = errno_name(error.errno or 0)
+            events.warning("durable.disconnected", tree_id=self.tree_id, errno=number)
+            self.owns = False
+            self._owner.happened(Event.DETACHED, detail="its warden cannot be reached")
+        self._lost = True
+        self._owner.happened(Event.LOST, detail=self._disconnected)
 
     # -- the warden's own end
 

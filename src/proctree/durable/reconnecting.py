@@ -10,7 +10,7 @@ from proctree import events
 from proctree import loop as _loop
 from proctree.command import Command
 from proctree.containment.attached import AttachedContained
-from proctree.containment.reaching import Link, reach
+from proctree.containment.reaching import NOBODY_THERE, Link, reach
 from proctree.durable.deciding import decide
 from proctree.durable.directory import FileStore
 from proctree.durable.errors import StillRunning
@@ -35,13 +35,6 @@ _FIRST_PAUSE = 0.001
 _LAST_PAUSE = 0.05
 """Seconds between two looks at a lock that is held by somebody who does not listen: nothing tells
 when that changes, and it changes within milliseconds."""
-
-_NOBODY_THERE = (
-    ConnectionRefusedError,
-    ConnectionResetError,
-    FileNotFoundError,
-    BrokenPipeError,
-)
 
 
 class Patience:
@@ -117,7 +110,7 @@ def link_to(key: str, attempt: Attempt, *, own: bool, timeout: float | None = No
     try:
         seconds = ANSWER_SECONDS if timeout is None else min(timeout, ANSWER_SECONDS)
         return reach(attempt.place, own=own, timeout=seconds)
-    except _NOBODY_THERE:
+    except NOBODY_THERE:
         return None
     except OSError as error:
         raise StillRunning(
