@@ -134,6 +134,16 @@ def server() -> Iterator[databases.Server | None]:
         yield running
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, server: databases.Server | None, tmp_path: Path) -> str:
+    """Of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/records"
+    if server is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    return server.new_url()
+
+
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[nurseries.Nursery]:
     """Where Python processes come from."""

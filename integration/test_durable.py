@@ -7,7 +7,6 @@ test_durable_storm.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import select
@@ -33,6 +32,7 @@ from integration.conftest import (
     in_thread,
     is_alive,
 )
+from integration.durable_runs import SLEEPER, Job, Supervisor, end
 from proctree import CAPTURE, Function, KillPolicy, Reason, Stage, durable, registry
 from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.durable import (
@@ -53,109 +53,15 @@ from proctree.process import cgroups, proof
 PATIENT = KillPolicy((Stage(15, 600.0), Stage(9, 30.0)))
 """The grace lasts until the test goes on."""
 
-SLEEPER = ["sleep", "1000"]
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "store")
 
 
-class Job:
-    """A command that says `one`, waits to be let go, says `two`, and leaves a line behind each time
-    that it has run to its end."""
-
-    def __init__(self, folder: Path, status: int = 0) -> None:
-        self.gate, self.effect = folder / "gate", folder / "effect"
-        os.mkfifo(self.gate)
-        text = f"echo one; read x < {self.gate}; echo two; echo ran >> {self.effect}; exit {status}"
-        self.command = ["sh", "-c", text]
-
-    def let_go(self) -> None:
-        """Waits until it is there."""
-        with open(self.gate, "w", encoding="ascii") as file:
-            file.write("go\n")
-
-    @property
-    def ran(self) -> int:
-        return len(self.effect.read_text().splitlines()) if self.effect.exists() else 0
-
-
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     return Job(tmp_path)
-
-
-SUPERVISOR = """
-import json, os, sys
-from proctree import durable, KillPolicy, Lines, Stage
-
-def say(**fields):
-    os.write(1, (json.dumps(fields) + "\\n").encode())
-
-options = json.loads(sys.argv[3])
-policy = options.pop("policy", None)
-if policy is not None:
-    options["kill"] = KillPolicy(tuple(Stage(*stage) for stage in policy))
-run = durable.start(
-    "key", json.loads(sys.argv[2]), store=sys.argv[1],
-    logs=Lines(lambda line: say(line=line)), **options
-)
-say(pid=run.pid, owned=run.owned, reconnected=run.reconnected, number=run.number)
-for command in sys.stdin:
-    exec(command)
-"""
-
-
-class Supervisor:
-    """Another process that supervises the run. Killed at the end, whatever happens."""
-
-    def __init__(self, store: FileStore, command: list[str], **options: Any) -> None:
-        arguments = [store.path, json.dumps(command), json.dumps(options)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SUPERVISOR, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.lines: list[str] = []
-        self.said: dict[str, Any] = {}
-
-    def hear(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        text = self.process.stdout.readline()
-        assert text, "the supervisor has ended"
-        said: dict[str, Any] = json.loads(text)
-        if "line" in said:
-            self.lines.append(said["line"])
-        else:
-            self.said.update(said)
-        return said
-
-    def hear_until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            self.hear()
-
-    def started(self) -> Supervisor:
-        self.hear_until(lambda: "pid" in self.said)
-        return self
-
-    def tell(self, code: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(code + "\n")
-        self.process.stdin.flush()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def close(self) -> None:
-        self.kill()
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
 
 
 Start = Callable[..., Supervisor]
@@ -188,11 +94,6 @@ def read_so_far(store: FileStore, size: int) -> None:
     reader repeat it."""
     (attempt,) = store.attempts("key")
     eventually(lambda: stored(attempt.place)["stdout"] == size, "the cursor is behind the line")
-
-
-def end(run: Run) -> None:
-    run.kill(KillPolicy.now())
-    assert run.wait(DEADLINE) is not None
 
 
 # -- one row of the table after the other

@@ -14,7 +14,7 @@ import pytest
 import proctree
 from integration.conftest import DEADLINE, Lines, eventually, is_alive, start_supervisor
 from proctree import CAPTURE, KillPolicy, Reason, Stage, durable, loop
-from proctree.containment import reaching
+from proctree.containment import reaching, warden
 from proctree.durable import Attempt, FileStore, Run
 from proctree.durable.recording import Cause
 from proctree.lifecycle import State
@@ -176,13 +176,21 @@ def break_connection(run: Run) -> None:
     loop.get().post(lambda: contained._say(b"nonsense"))
 
 
-def test_an_owner_that_cannot_come_back_leaves_the_tree_to_its_lease(store: FileStore) -> None:
+@pytest.mark.parametrize("patient", [False, True])
+def test_an_owner_that_cannot_come_back_leaves_the_tree_to_its_lease(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    """And if it ends soon, it knows of that end."""
+    monkeypatch.setattr(warden, "COME_BACK_SECONDS", DEADLINE if patient else 0.0)
     run = durable.start("key", SLEEPER, store=store, lease=1.0)
     Path(run.place, "control").unlink()
     break_connection(run)
     outcome = run.wait(DEADLINE)
     assert outcome is not None
-    assert (outcome.reason, outcome.detail) == (Reason.DETACHED, "its warden cannot be reached")
+    expected = (Reason.DETACHED, "its warden cannot be reached")
+    if patient:
+        expected = (Reason.SUPERVISOR_LOST, "no supervisor was attached for as long as its lease")
+    assert (outcome.reason, outcome.detail) == expected
     eventually(lambda: not store.claimed("key"), "the lease runs out")
     (attempt,) = store.attempts("key")
     assert attempt.exit is not None

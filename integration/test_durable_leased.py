@@ -6,11 +6,8 @@ depends on more (another boot, another clock) is in test_sql_store.py.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +18,9 @@ import pytest
 import proctree
 from integration.conftest import DEADLINE, Lines, eventually, in_thread, is_alive
 from integration.databases import Server, postgresql
-from proctree import CAPTURE, KillPolicy, Reason, Stage, durable
-from proctree.durable import DifferentTarget, FileStore, NotOwner, NotRunning, Run, UnknownKey
+from integration.durable_runs import SAY_THE_END, SLEEPER, Job, Supervisor
+from proctree import CAPTURE, KillPolicy, Reason, Stage, durable, registry
+from proctree.durable import DifferentTarget, FileStore, NotOwner, NotRunning, UnknownKey
 from proctree.durable.leased import LeasedRun, RunElsewhere
 from proctree.durable.recording import Cause
 from proctree.durable.sql import SqlStore
@@ -32,17 +30,6 @@ LONG = 600.0
 """A lease that does not run out in a test."""
 SHORT = 3.0
 QUICK = KillPolicy((Stage(15, 0.2), Stage(9, 0.5)))
-SLEEPER = ["sleep", "1000"]
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, server: Server | None, tmp_path: Path) -> str:
-    """Of an empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/records"
-    if server is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    return server.new_url()
 
 
 class Machine:
@@ -74,84 +61,9 @@ def _machine(url: str, folder: Path) -> Iterator[Machine]:
             durable.cancel(listed.key, store=machine.local)
 
 
-class Job:
-    """As in test_durable.py; and it fails if another one of its kind runs at the same time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.gate, self.effect, self.twice = folder / "gate", folder / "effect", folder / "twice"
-        os.mkfifo(self.gate)
-        inner = f"echo one; read x < {self.gate}; echo two; echo ran >> {self.effect}"
-        lock = folder / "lock"
-        self.command = [
-            "sh",
-            "-c",
-            f"exec 9> {lock}; flock -n 9 || {{ echo twice > {self.twice}; exit 9; }}; {inner}",
-        ]
-
-    def let_go(self) -> None:
-        with open(self.gate, "w", encoding="ascii") as file:
-            file.write("go\n")
-
-    @property
-    def ran(self) -> int:
-        assert not self.twice.exists(), "two at once"
-        return len(self.effect.read_text().splitlines()) if self.effect.exists() else 0
-
-
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     return Job(tmp_path)
-
-
-SUPERVISOR = """
-import json, os, sys
-from proctree import durable, KillPolicy, Lines, Stage
-from proctree.durable import FileStore
-from proctree.durable.sql import SqlStore
-
-def say(**fields):
-    os.write(1, (json.dumps(fields) + "\\n").encode())
-
-url, folder, lease, command = sys.argv[1:5]
-run = durable.start(
-    "key", json.loads(command), store=SqlStore(url, lease=float(lease), local=FileStore(folder)),
-    logs=Lines(lambda line: say(line=line)), kill=KillPolicy((Stage(15, 0.2), Stage(9, 0.5))),
-)
-say(pid=run.pid, owned=run.owned, reconnected=run.reconnected, number=run.number)
-outcome = run.wait()
-say(reason=outcome.reason, returncode=outcome.returncode)
-"""
-
-
-class Supervisor:
-    """Another process, on one of the machines."""
-
-    def __init__(self, machine: Machine, command: list[str], lease: float) -> None:
-        arguments = [machine.url, str(machine.folder), str(lease), json.dumps(command)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SUPERVISOR, *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.said: dict[str, Any] = {}
-
-    def hear_until(self, name: str) -> Any:
-        assert self.process.stdout is not None
-        while name not in self.said:
-            text = self.process.stdout.readline()
-            assert text, "the supervisor has ended"
-            self.said.update(json.loads(text))
-        return self.said[name]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def close(self) -> None:
-        self.kill()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 Start = Callable[..., Supervisor]
@@ -162,18 +74,15 @@ def supervise(here: Machine) -> Iterator[Start]:
     made: list[Supervisor] = []
 
     def start(command: list[str], lease: float = LONG) -> Supervisor:
-        made.append(Supervisor(here, command, lease))
-        made[-1].hear_until("pid")
-        return made[-1]
+        quick = [[15, 0.2], [9, 0.5]]
+        supervisor = Supervisor(here.local, command, url=here.url, lease=lease, policy=quick)
+        made.append(supervisor.started())
+        supervisor.tell(SAY_THE_END)
+        return supervisor
 
     yield start
     for supervisor in made:
         supervisor.close()
-
-
-def end(run: Run) -> None:
-    run.kill(KillPolicy.now())
-    assert run.wait(DEADLINE) is not None
 
 
 def test_what_has_finished_on_one_machine_is_not_started_on_another(
@@ -254,7 +163,7 @@ def test_a_supervisor_that_was_stopped_too_long_has_lost_its_tree(
     assert not run.reconnected
     assert run.number == 2
     first.process.send_signal(signal.SIGCONT)
-    assert first.hear_until("reason") == "supervisor-lost"
+    assert first.hear_of("reason") == "supervisor-lost"
     job.let_go()
     outcome = run.wait(DEADLINE)
     assert outcome is not None
@@ -312,6 +221,31 @@ def test_what_ended_without_a_supervisor_is_recorded_by_the_next_one_here(
     assert there.store().attempts("key")[-1].exit is not None
     assert durable.run("key", job.command, store=there.store()).returncode == 0
     assert job.ran == 1
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "unrecorded"])
+def test_what_a_warden_has_left_that_was_killed_behind_its_record_is_cleared_away(
+    here: Machine, job: Job, supervise: Start, recorded: bool
+) -> None:
+    """Whether its end was recorded in the database as well or in its directory only."""
+    if recorded:
+        run = durable.start("key", job.command, store=here.store())
+        job.let_go()
+        assert run.wait(DEADLINE) is not None
+    else:
+        supervise(job.command).kill()
+        job.let_go()
+        eventually(lambda: not here.local.claimed("key"), "it has ended")
+    (attempt,) = here.local.attempts("key")
+    assert attempt.request is not None
+    folder = registry.directory()
+    assert folder is not None
+    tree_id = attempt.request.tree_id
+    entry = Path(registry.path_of(folder, tree_id))
+    entry.write_text(registry.record(tree_id, "sh", "warden", None))
+    again = durable.start("key", job.command, store=here.store())
+    assert (again.reconnected, again.number, job.ran) == (True, 1, 1)
+    assert not entry.exists()
 
 
 def test_it_is_cancelled_from_another_machine(here: Machine, there: Machine) -> None:

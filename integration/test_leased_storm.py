@@ -22,7 +22,6 @@ import pytest
 
 from integration import leased_parts
 from integration.crash_points import Forked, Zygote, settled
-from integration.databases import Server
 from integration.durable_parts import recorded
 from integration.leased_parts import QUICK
 from integration.test_durable_storm import note, read
@@ -245,15 +244,6 @@ def zygote(tmp_path: Path) -> Iterator[Zygote]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, server: Server | None, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/records"
-    if server is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    return server.new_url()
 
 
 @pytest.mark.timeout(300 + SECONDS * 4)

@@ -34,16 +34,6 @@ SHORT = 1.5
 ID = "0123456789abcdef"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, server: Server | None, tmp_path: Path) -> str:
-    """Of an empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/records"
-    if server is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    return server.new_url()
-
-
 Start = Callable[..., Forked]
 
 

@@ -152,9 +152,11 @@ def pid_namespace() -> int:
 
 
 _here: dict[int, tuple[str, int]] = {}
+"""By our pid, which a fork changes."""
 
 
-def _this_machine() -> tuple[str, int]:
+def this_machine() -> tuple[str, int]:
+    """`boot_id` and `pid_namespace`, which do not change while a process lives."""
     here = _here.get(os.getpid())
     if here is None:
         _here.clear()
@@ -164,7 +166,7 @@ def _this_machine() -> tuple[str, int]:
 
 def record(tree_id: str, name: str, containment: str, cgroup: str | None) -> str:
     """The first lines of an entry: what is known before there is a process."""
-    boot, namespace = _this_machine()
+    boot, namespace = this_machine()
     lines = [
         f"proctree {VERSION}",
         f"boot {boot}",
@@ -340,7 +342,7 @@ def end_unheld(
     Raises:
         OSError: descriptors or memory are short, so that it cannot be said who is there.
     """
-    here, namespace = _this_machine()
+    here, namespace = this_machine()
     if boot != here:
         return ()  # nothing outlives a boot
     entry = Entry(boot, namespace, tree_id, name, containment, None, None, cgroup)
@@ -353,18 +355,22 @@ def end_unheld(
             open(file, encoding="ascii", errors="replace") as known,
         ):
             entry = parse(known.read())
+    return _sweep_tree(entry, file).survivors
+
+
+def _sweep_tree(entry: Entry, file: str | None) -> Swept:
     ended, survivors = _end(entry)
     if file is not None and not survivors:
         forget(file)
     if ended or survivors:
         events.warning(
             "registry.swept",
-            tree_id=tree_id,
-            name=name,
+            tree_id=entry.tree_id,
+            name=entry.name,
             ended=len(ended),
             survivors=len(survivors),
         )
-    return survivors
+    return Swept(entry.tree_id, entry.name, ended, survivors)
 
 
 def _sweep_entry(path: str) -> Swept | None:
@@ -376,25 +382,14 @@ def _sweep_entry(path: str) -> Swept | None:
         except ValueError as error:
             events.warning("registry.unreadable", file=path, error=str(error))
             return None
-        boot, namespace = _this_machine()
+        boot, namespace = this_machine()
         if entry.boot == boot and entry.pid_namespace != namespace:
             return None  # its numbers mean nothing here: it is swept by who lives where it did
         if entry.boot != boot:
             forget(path)  # nothing outlives a boot
             return None
-        ended, survivors = _end(entry)
-        if not survivors:
-            forget(path)
-    if not ended and not survivors:
-        return None
-    events.warning(
-        "registry.swept",
-        tree_id=entry.tree_id,
-        name=entry.name,
-        ended=len(ended),
-        survivors=len(survivors),
-    )
-    return Swept(entry.tree_id, entry.name, ended, survivors)
+        swept = _sweep_tree(entry, path)
+    return swept if swept.ended or swept.survivors else None
 
 
 def _clear_beginning(path: str) -> None:

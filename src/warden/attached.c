@@ -23,9 +23,6 @@
  * wait in the queue, and poll(2) would say so all the time. */
 #define ACCEPT_PAUSE_MS 100
 
-/* Of one that has ended, how many messages are read at most. */
-#define LAST_WORDS_MAX 1024
-
 #define EACH_PEER(w, peer)                                                                         \
     for (struct peer *peer = (w)->watchers; peer < (w)->watchers + WATCHERS_MAX; peer++)
 

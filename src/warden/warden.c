@@ -42,8 +42,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define LAST_WORDS_MAX 1024
-
 /* How long the end of what had been made for a tree that cannot begin may take. */
 #define ABANDON_PATIENCE_MS 2000
 

@@ -22,6 +22,9 @@
 /* How many may be attached to a durable tree, besides its owner. */
 #define WATCHERS_MAX 32
 
+/* Of a supervisor that has ended, how many messages are read at most. */
+#define LAST_WORDS_MAX 1024
+
 /* What the main process is given between fork and exec.  A text is a list with commas. */
 struct attributes {
     bool set_umask, set_nice, set_ionice, set_oom_score_adj, set_uid, set_gid;

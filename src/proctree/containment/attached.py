@@ -8,7 +8,7 @@ from proctree.containment.base import Descriptors
 from proctree.containment.reaching import Link
 from proctree.containment.warden import WardenContained
 from proctree.policy import KillPolicy
-from proctree.process import cgroups, fds
+from proctree.process import cgroups
 from proctree.process.sweep import end_cgroup
 from proctree.records import Member
 
@@ -53,20 +53,14 @@ class AttachedContained(WardenContained):
         if not self._reaped:
             if not self._has_ended():
                 return False
-            self._reaped = True
-            self._loop.unregister(self._pidfd)
-            fds.close(self._pidfd)
-            self._pidfd = -1
+            self._let_go_of_warden()
         return True
 
     def close(self) -> None:
         super().close()
         # It is not ours to reap, and others may let it run for long.
         if not self._reaped and self._pidfd >= 0:
-            self._reaped = True
-            self._loop.unregister(self._pidfd)
-            fds.close(self._pidfd)
-            self._pidfd = -1
+            self._let_go_of_warden()
 
     def has_member(self, pid: int) -> bool:
         inside = self.cgroup is not None and cgroups.holds(self.cgroup, pid)

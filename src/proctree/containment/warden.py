@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import signal
 import socket
 import time
@@ -352,10 +351,8 @@ class WardenContained(Contained):
         return self._has_ended()
 
     def _has_ended(self) -> bool:
-        poller = select.poll()
-        poller.register(self._pidfd, READ)
         try:
-            return bool(poller.poll(0))
+            return proof.has_ended(self._pidfd)
         except OSError as error:
             # Not as far as we know, then: the loop, which watches the same pidfd, will tell.
             if error.errno != errno.ENOMEM:
@@ -636,11 +633,15 @@ class WardenContained(Contained):
                 if result is None:
                     return False
                 self._obeyed = (result.si_code, result.si_status) == (os.CLD_EXITED, 0)
-            self._reaped = True
-            self._loop.unregister(self._pidfd)
-            fds.close(self._pidfd)
-            self._pidfd = -1
+            self._let_go_of_warden()
         return True
+
+    def _let_go_of_warden(self) -> None:
+        """It has been reaped, or that is no business of ours."""
+        self._reaped = True
+        self._loop.unregister(self._pidfd)
+        fds.close(self._pidfd)
+        self._pidfd = -1
 
     def _reap_late(self) -> None:
         """It has ended. If it cannot be reaped, then somebody traces it, and nothing will tell when

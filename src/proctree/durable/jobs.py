@@ -9,7 +9,6 @@ import functools
 import hashlib
 import math
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -17,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import attrs
 
-from proctree import events, registry
+from proctree import events
 from proctree.durable import jobplan
 from proctree.durable.errors import (
     DifferentTarget,
@@ -27,9 +26,10 @@ from proctree.durable.errors import (
     StoreUnusable,
     UnknownKey,
 )
+from proctree.durable.here import new_request
 from proctree.durable.jobplan import AfterFind, AfterPoll, Status, Step
 from proctree.durable.keys import check_key
-from proctree.durable.recording import Cause, Exit, Request
+from proctree.durable.recording import Cause, Exit
 from proctree.durable.store import Attempt, Claim, Store
 from proctree.outcome import Outcome
 from proctree.records import Reason
@@ -221,21 +221,6 @@ def cancel_job(
     return supervision.cancel()
 
 
-def _request(key: str, job: Job) -> Request:
-    return Request(
-        key=key,
-        target=job.name,
-        fingerprint=job.identity(),
-        tree_id=os.urandom(8).hex(),
-        kind="job",
-        boot=registry.boot_id(),
-        pid_namespace=registry.pid_namespace(),
-        host=socket.gethostname(),
-        supervisor=os.getpid(),
-        requested=time.time_ns(),
-    )
-
-
 def _outcome(attempt: Attempt, how: Exit) -> Outcome:
     returncode = how.returncode
     if not how.by_itself:
@@ -402,7 +387,9 @@ class _Supervision:
     # -- what is done
 
     def _begin(self, view: jobplan.View) -> None:
-        request = _request(self._key, self._job)
+        job = self._job
+        tree_id = os.urandom(8).hex()
+        request = new_request(self._key, job.name, job.identity(), tree_id, "job")
         # Noted before: it may be recorded even if we are told that it could not be.
         self._begun.add(request.tree_id)
         if view.joined:

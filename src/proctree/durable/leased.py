@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import os
 import threading
 import time
 from typing import Any
@@ -43,6 +42,7 @@ from proctree.durable.errors import (
     StoreUnusable,
     UnknownKey,
 )
+from proctree.durable.here import clock
 from proctree.durable.keys import check_key
 from proctree.durable.reconnecting import Patience, reconnect, recorded
 from proctree.durable.recording import Request
@@ -50,7 +50,7 @@ from proctree.durable.results import outcome_of
 from proctree.durable.running import Run
 from proctree.durable.sql import SqlClaim, SqlStore, boottime
 from proctree.durable.starting import clear_away, start
-from proctree.durable.store import Attempt
+from proctree.durable.store import Attempt, attempt_of
 from proctree.durable.table import Decision, Found
 from proctree.durable.wish import Wish
 from proctree.errors import ContainmentUnavailable
@@ -82,7 +82,7 @@ def _local(sql: SqlStore) -> FileStore:
 def check(wish: Wish, sql: SqlStore) -> None:
     """Raises ValueError: it cannot be had with this store's lease; ContainmentUnavailable: our
     children have another clock than we have."""
-    if _clock("self/ns/time") != _clock("self/ns/time_for_children"):
+    if clock() != clock("self/ns/time_for_children"):
         raise ContainmentUnavailable(
             "this process has left its time namespace for its children (unshare(CLONE_NEWTIME)): "
             "by their clock nobody here can say until when a tree may run; start it from a child"
@@ -95,14 +95,6 @@ def check(wish: Wish, sql: SqlStore) -> None:
             f"kill: ending the run may take {wish.kill.duration:g} s, which is more than a quarter "
             f"of the store's lease, {sql.lease:g} s: it could not be dead when its lease is over"
         )
-
-
-def _clock(path: str) -> int:
-    """Which CLOCK_BOOTTIME a process has (time_namespaces(7)); 0: it cannot be told."""
-    try:
-        return os.stat(f"/proc/{path}").st_ino
-    except OSError:  # before Linux 5.6, or it has just ended
-        return 0
 
 
 # -- handles
@@ -178,19 +170,17 @@ class RunElsewhere(Run):
             claim.release()
 
     def _is_over(self, attempts: list[Attempt]) -> bool:
-        for attempt in attempts:
-            # Not by its number: when the key was forgotten, they begin at 1 again.
-            if attempt.request is None or attempt.request.tree_id != self.tree_id:
-                continue
-            if attempt.exit is not None:
-                self._outcome = outcome_of(attempt.exit, self._request)
-            elif attempt is not attempts[-1]:
-                self._lose("another attempt has been made since")
-            return self._outcome is not None
-        raise UnknownKey(
-            f"key {self.key!r}: attempt {self.number} is not recorded any more, and how it ended "
-            "is not known: the key was forgotten"
-        )
+        attempt = attempt_of(attempts, self.tree_id)
+        if attempt is None:
+            raise UnknownKey(
+                f"key {self.key!r}: attempt {self.number} is not recorded any more, and how it "
+                "ended is not known: the key was forgotten"
+            )
+        if attempt.exit is not None:
+            self._outcome = outcome_of(attempt.exit, self._request)
+        elif attempt is not attempts[-1]:
+            self._lose("another attempt has been made since")
+        return self._outcome is not None
 
     def _lose(self, detail: str) -> None:
         self.lost = True
@@ -324,11 +314,8 @@ class Tender:
         except StoreUnusable as error:
             self._failed(error)
             return False
-        return any(
-            attempt.exit is not None
-            for attempt in attempts
-            if attempt.request is not None and attempt.request.tree_id == self._run.tree_id
-        )
+        attempt = attempt_of(attempts, self._run.tree_id)
+        return attempt is not None and attempt.exit is not None
 
     def _failed(self, error: StoreUnusable) -> None:
         events.warning("durable.not_renewed", key=self._run.key, error=str(error))
@@ -417,12 +404,8 @@ def record_end(claim: SqlClaim, local: FileStore, key: str) -> bool:
 
 def _here(local: FileStore, key: str, attempt: Attempt) -> Attempt | None:
     """What the local directory says of an attempt."""
-    if attempt.request is None:
-        return None
-    for mine in local.attempts(key):
-        if mine.request is not None and mine.request.tree_id == attempt.request.tree_id:
-            return mine
-    return None
+    request = attempt.request
+    return None if request is None else attempt_of(local.attempts(key), request.tree_id)
 
 
 # -- the front door
@@ -458,26 +441,26 @@ def _tended(run: Run, sql: SqlStore) -> Run:
     """One that was there before us."""
     assert isinstance(run, LeasedRun)
     try:
-        _require_same_clock(run)
+        _require_sameclock(run)
         attempts = sql.attempts(run.key)
     except BaseException:
         # Who stays attached may come to own it, and nobody would renew its lease.
         run.detach()
         run.wait()
         raise
-    for attempt in attempts:
-        if attempt.request is not None and attempt.request.tree_id == run.tree_id:
-            run.number = attempt.number
+    there = attempt_of(attempts, run.tree_id)
+    if there is not None:
+        run.number = there.number
     run._tender = Tender(run, sql)
     run._tender.come()
     return run
 
 
-def _require_same_clock(run: LeasedRun) -> None:
+def _require_sameclock(run: LeasedRun) -> None:
     """Until when it may run is said to the warden by its clock. Raises StillRunning."""
     live = run._live
     warden = None if live is None else live.contained.root()
-    if warden is not None and _clock(f"{warden}/ns/time") not in (0, _clock("self/ns/time")):
+    if warden is not None and clock(f"{warden}/ns/time") not in (0, clock()):
         raise StillRunning(
             f"key {run.key!r}: it runs in another time namespace (its warden is process {warden}): "
             "only from there its lease can be renewed; nothing was started beside it"
@@ -494,6 +477,8 @@ def _begin_here(mine: FileClaim, wish: Wish, sql: SqlStore, local: FileStore) ->
         try:
             last, found = _last(claim, wish, local)
             decision = decide(last, found, wish)
+            for left in mine.attempts()[-1:]:
+                clear_away(left, wish.key)
             if decision is Decision.RESULT:
                 assert last is not None
                 return recorded(
@@ -505,9 +490,6 @@ def _begin_here(mine: FileClaim, wish: Wish, sql: SqlStore, local: FileStore) ->
                 )
             if last is not None:
                 events.debug("durable.again", key=wish.key, attempt=last.number, found=found.value)
-            for left in mine.attempts()[-1:]:
-                if left.exit is None:
-                    clear_away(left, wish.key)
             return _start(mine, claim, stack, wish, sql)
         except LeaseLost:
             return None
@@ -532,7 +514,7 @@ def _ran_here(sql: SqlStore, local: FileStore, key: str) -> bool:
     without its locks; and from before the last boot it cannot be told from such a one."""
     for last in sql.attempts(key)[-1:]:
         request = last.request
-        ran = request is not None and request.boot == registry.boot_id()
+        ran = request is not None and request.boot == registry.this_machine()[0]
         return ran and _here(local, key, last) is not None
     return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import select
+import contextlib
 import time
 from typing import Any
 
@@ -23,6 +23,7 @@ from proctree.durable.table import Found
 from proctree.durable.wish import Wish
 from proctree.errors import errno_name
 from proctree.policy import Leftovers
+from proctree.process import proof
 from proctree.tree import Tree
 
 PATIENCE = 60.0
@@ -88,7 +89,9 @@ def reconnect(
     if link.ending:
         # It is being ended since nobody was there, or since somebody has cancelled it: it does not
         # run any more, and what comes next is decided when it has gone.
-        if not _has_ended(link, patience.left):
+        with contextlib.closing(link):
+            gone = proof.has_ended(link.pidfd, patience.left)
+        if not gone:
             raise StillRunning(
                 f"key {wish.key!r}: attempt {last.number} is being ended by its warden, process "
                 f"{link.warden}, and has not ended for {PATIENCE:g} s; nothing was started beside "
@@ -117,16 +120,6 @@ def link_to(key: str, attempt: Attempt, *, own: bool, timeout: float | None = No
             f"key {key!r}: attempt {attempt.number} runs and cannot be reached: {error.strerror} "
             f"({errno_name(error.errno or 0)}); nothing was started beside it"
         ) from error
-
-
-def _has_ended(link: Link, timeout: float) -> bool:
-    """Waits for that, and closes the link."""
-    try:
-        poller = select.poll()
-        poller.register(link.pidfd, select.POLLIN)
-        return bool(poller.poll(timeout * 1000))
-    finally:
-        link.close()
 
 
 def attached(

@@ -13,6 +13,7 @@ from proctree import tree as _tree
 from proctree.durable.errors import NotOwner
 from proctree.durable.recording import Request
 from proctree.durable.results import outcome_of
+from proctree.durable.store import attempt_of
 from proctree.lifecycle import Event
 from proctree.outcome import Outcome
 from proctree.policy import (
@@ -97,11 +98,11 @@ class Run:
     def _conclude(self, ending: Ending) -> Outcome:
         """What the warden has recorded is what counts: every supervisor reads the same there."""
         if ending.reason is not Reason.DETACHED:
-            for attempt in self._store.attempts(self.key):
-                request, how = attempt.request, attempt.exit
-                # Once the key is forgotten, another tree may have our number.
-                if request is not None and request.tree_id == self.tree_id and how is not None:
-                    return outcome_of(how, self._request, ending)
+            attempts = self._store.attempts(self.key)
+            ours = attempt_of(attempts, self.tree_id)
+            if ours is not None and ours.exit is not None:
+                return outcome_of(ours.exit, self._request, ending)
+            for attempt in attempts:
                 if attempt.number == self.number and attempt.trouble:
                     self._warn(attempt)
         return Outcome.of(ending)

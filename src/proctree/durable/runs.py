@@ -13,7 +13,7 @@ from proctree.durable.errors import NotRunning, StillRunning, UnknownKey
 from proctree.durable.keys import check_key
 from proctree.durable.reconnecting import Patience, attached, link_to, reconnect, recorded
 from proctree.durable.running import Run
-from proctree.durable.starting import clear_away, start, tidy
+from proctree.durable.starting import clear_away, start
 from proctree.durable.store import Attempt
 from proctree.durable.table import Decision, Found
 from proctree.durable.wish import Wish
@@ -52,16 +52,14 @@ def begin(wish: Wish, store: FileStore) -> Run:
 def _decide(claim: FileClaim, wish: Wish, store: FileStore) -> Run:
     attempts = claim.attempts()
     last = attempts[-1] if attempts else None
-    if last is not None and last.exit is not None:
-        tidy(last, wish.key)
     found = found_of(last, wish)
-    if decide(last, found, wish) is Decision.RESULT:
+    decision = decide(last, found, wish)
+    clear_away(last, wish.key)
+    if decision is Decision.RESULT:
         assert last is not None
         return recorded(last, wish.key, wish.logs, store, merged=wish.merged)
     if last is not None:
         events.debug("durable.again", key=wish.key, attempt=last.number, found=str(found.value))
-        if found in (Found.GONE, Found.UNREADABLE):
-            clear_away(last, wish.key)
     return start(claim, wish, store)
 
 

@@ -19,14 +19,14 @@ import math
 import os
 import random
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from proctree import events, registry
+from proctree import events
 from proctree.durable.errors import LeaseLost, StillRunning, StoreUnusable, UnknownKey
+from proctree.durable.here import Here
 from proctree.durable.keys import check_key
 from proctree.durable.recording import Exit, Request, Unreadable, escape, unescape
 from proctree.durable.store import Attempt, Claim, Store
@@ -126,41 +126,9 @@ def _identifier(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class _Here(NamedTuple):
-    """Who we are, for those that want the key."""
-
-    holder: int
-    holder_start: int
-    boot: str
-    pid_namespace: int
-    time_namespace: int
-    host: str
-
-    @classmethod
-    def now(cls) -> _Here:
-        stat = proof.read_stat(os.getpid())
-        return cls(
-            holder=os.getpid(),
-            holder_start=stat.start_time if stat is not None else 0,
-            boot=registry.boot_id(),
-            pid_namespace=registry.pid_namespace(),
-            time_namespace=_time_namespace(),
-            host=socket.gethostname(),
-        )
-
-
-def _time_namespace() -> int:
-    """Field 22 of /proc/PID/stat is shifted by the offset of the reader's time namespace
-    (time_namespaces(7)): in another one the same process has another start time."""
-    try:
-        return os.stat("/proc/self/ns/time").st_ino
-    except FileNotFoundError:  # before Linux 5.6
-        return 0
-
-
 def _holder_is_dead(row: Any) -> bool:
     """Whether the process that holds it has certainly ended: only what ran here can be told."""
-    here = _Here.now()
+    here = Here.now()
     there = (row.boot, row.pid_namespace, row.time_namespace)
     if there != (here.boot, here.pid_namespace, here.time_namespace):
         return False
@@ -239,7 +207,7 @@ class SqlStore(Store):
             TypeError, ValueError: it is not a key.
             StoreUnusable: the database cannot be used.
         """
-        run, here, token = _identifier(key), _Here.now(), 0
+        run, here, token = _identifier(key), Here.now(), 0
         self._make_tables()
         sent = boottime()
         row = self._read_run(run)
@@ -342,7 +310,7 @@ class SqlStore(Store):
             self._observed.popitem(last=False)
         return bool(now - seen.since >= row.lease)
 
-    def _values(self, token: int, here: _Here) -> dict[str, Any]:
+    def _values(self, token: int, here: Here) -> dict[str, Any]:
         return {
             "token": token,
             "counter": 0,
@@ -352,7 +320,7 @@ class SqlStore(Store):
             **here._asdict(),
         }
 
-    def _insert(self, run: str, key: str, here: _Here) -> int:
+    def _insert(self, run: str, key: str, here: Here) -> int:
         # Not from 1 again when a key was forgotten: an earlier holder of that number might live.
         token = secrets.randbits(52) + 1
         values = {"id": run, "key": escape(key), **self._values(token, here)}
@@ -366,7 +334,7 @@ class SqlStore(Store):
         except exc.IntegrityError:
             return 0  # somebody else was faster
 
-    def _take(self, run: str, row: Any, here: _Here) -> int:
+    def _take(self, run: str, row: Any, here: Here) -> int:
         token = int(row.token) + 1
         unchanged = (
             (_runs.c.id == run)

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import time
 from collections.abc import Callable
 
 from proctree import containment as _containment
@@ -33,54 +31,56 @@ from proctree.containment.warden import WardenContained
 from proctree.durable.directory import FileClaim, FileStore
 from proctree.durable.errors import StillRunning, StoreUnusable
 from proctree.durable.following import Followed
+from proctree.durable.here import new_request
 from proctree.durable.recording import Cause, Exit, Request
 from proctree.durable.running import Live, Run
 from proctree.durable.store import Attempt
 from proctree.durable.wish import DEFAULT_LEASE, Wish
 from proctree.errors import ProctreeError
 from proctree.policy import KillPolicy, Leftovers
-from proctree.records import Reason
+from proctree.records import Member, Reason
 
 
-def clear_away(last: Attempt, key: str) -> None:
-    """Ends what an attempt has left behind whose warden is dead and did not say that its tree has
-    ended: it was killed.
+def clear_away(last: Attempt | None, key: str) -> None:
+    """With the key's lock: ends what the last attempt has left behind, if its warden was killed.
+    That is its tree; or, where the warden had recorded the end already, its entry in the registry,
+    the directory of its cgroup and its socket.
 
     Raises:
         StillRunning: it cannot be ended.
     """
-    if last.request is None:
-        survivors = [member for swept in registry.sweep() for member in swept.survivors]
-    else:
-        request = last.request
-        survivors = list(
-            registry.end_unheld(
-                boot=request.boot,
-                tree_id=request.tree_id,
-                name=key,
-                containment=request.containment,
-                cgroup=request.cgroup or None,
-            )
-        )
+    if last is None or (last.exit is not None and not _is_entered(last)):
+        return
+    survivors = _end(last, key)
     if survivors:
         who = "; ".join(f"pid {m.pid} ({m.name}): {m.why}" for m in survivors)
         raise StillRunning(
             f"key {key!r}: attempt {last.number} has lost its warden and cannot be ended: {who}; "
             "nothing was started beside it"
         )
-
-
-def tidy(last: Attempt, key: str) -> None:
-    """A warden that was killed behind its record has left its entry in the registry, the directory
-    of its cgroup and its socket. With the key's lock.
-
-    Raises:
-        StillRunning: as `clear_away`.
-    """
-    if last.request is not None and registry.is_entered(last.request.tree_id):
-        clear_away(last, key)
+    if last.place:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(last.place, SOCKET_NAME))
+
+
+def _is_entered(attempt: Attempt) -> bool:
+    return attempt.request is not None and registry.is_entered(attempt.request.tree_id)
+
+
+def _end(last: Attempt, key: str) -> list[Member]:
+    """What survives it."""
+    request = last.request
+    if request is None:
+        return [member for swept in registry.sweep() for member in swept.survivors]
+    return list(
+        registry.end_unheld(
+            boot=request.boot,
+            tree_id=request.tree_id,
+            name=key,
+            containment=request.containment,
+            cgroup=request.cgroup or None,
+        )
+    )
 
 
 # -- starting
@@ -108,7 +108,15 @@ def start(
     backend = _containment.choose(wish.containment, wanted)
     contained = backend(wish.tree_id, wanted)
     assert isinstance(contained, WardenContained)
-    request = _request(wish, contained)
+    request = new_request(
+        wish.key,
+        wish.target,
+        wish.fingerprint,
+        wish.tree_id,
+        "tree",
+        containment=contained.name,
+        cgroup=contained.cgroup or "",
+    )
     with contextlib.closing(claim.prepare(request)) as prepared:
         attempt = prepared.attempt
         end = None if until is None else until(request)
@@ -134,23 +142,6 @@ def start(
             raise
     live.arm()
     return run
-
-
-def _request(wish: Wish, contained: WardenContained) -> Request:
-    return Request(
-        key=wish.key,
-        target=wish.target,
-        fingerprint=wish.fingerprint,
-        tree_id=wish.tree_id,
-        kind="tree",
-        boot=registry.boot_id(),
-        pid_namespace=registry.pid_namespace(),
-        host=socket.gethostname(),
-        supervisor=os.getpid(),
-        requested=time.time_ns(),
-        containment=contained.name,
-        cgroup=contained.cgroup or "",
-    )
 
 
 def make_tree(

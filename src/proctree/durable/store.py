@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from proctree.durable.recording import Exit, Request
@@ -28,6 +29,15 @@ class Attempt(NamedTuple):
     trouble: str = ""
     place: str = ""
     cancelled: bool = False
+
+
+def attempt_of(attempts: Iterable[Attempt], tree_id: str) -> Attempt | None:
+    """The one that has made this tree. Not by its number: when a key is forgotten, they begin at 1
+    again."""
+    for attempt in attempts:
+        if attempt.request is not None and attempt.request.tree_id == tree_id:
+            return attempt
+    return None
 
 
 class Claim(abc.ABC):

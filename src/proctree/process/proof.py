@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 from typing import NamedTuple
 
@@ -107,6 +108,17 @@ def in_environ(environ: bytes, variable: bytes, component: bytes) -> bool:
         if name == variable:
             return component in value.split(b"/")
     return False
+
+
+def has_ended(pidfd: int, timeout: float = 0.0) -> bool:
+    """Whether its process has, within so many seconds: then its pidfd is readable (pidfd_open(2)).
+
+    Raises:
+        OSError: ENOMEM: it cannot be said.
+    """
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout * 1000))
 
 
 def open_pidfd(pid: int) -> int | None:
