@@ -20,13 +20,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-
-from proctree import CAPTURE, KillPolicy, Lines, Outcome, ProctreeError, Stage, durable, registry
+from left_behind import children as list_children
+from left_behind import descriptors, entries, failure
+from proctree import CAPTURE, KillPolicy, Lines, Outcome, ProctreeError, Stage, durable
 from proctree import loop as _loop
 from proctree.containment import warden
 from proctree.durable import FileStore, reconnecting
-from proctree.process import proof
 
 CONTAINMENT = sys.argv[1]
 UNHARMED = sys.argv[-1] == "unharmed"
@@ -205,46 +204,13 @@ class Scenario:
 BEFORE = {"reconnect": "leave", "attach": "leave", "cancel": "leave", "result": "finish"}
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
-    return {
-        "type": type(error).__name__,
-        "errno": getattr(error, "errno", None),
-        "text": str(error),
-        "notes": getattr(error, "__notes__", []),
-        "is_os_error": isinstance(error, OSError),
-    }
-
-
-def _descriptors() -> dict[str, str]:
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
-    return found
-
-
-def _children(known: int) -> list[str]:
-    """Zombies too: a process that nobody reaps is a leak."""
-    found = []
-    for process in psutil.Process().children():
-        stat = proof.read_stat(process.pid)
-        if stat is not None and stat.pid != known:
-            found.append(f"{stat.pid} {stat.name} {stat.state}")
-    return found
-
-
-def _entries() -> list[str]:
-    """Of the registry, which is ours alone here."""
-    return os.listdir(folder) if os.path.isdir(folder := registry.default_directory()) else []
-
-
 def check(before: dict[str, str], folder: str, unharmed: Unharmed) -> dict[str, Any]:
     """What was left behind, and what becomes of the key."""
     wrong = unharmed.do("settle", folder)["wrong"]
     deadline = time.monotonic() + LEAVE_SECONDS
     while True:
-        opened = [f"{fd} {name}" for fd, name in _descriptors().items() if fd not in before]
-        children, files = _children(unharmed.pid), _entries()
+        opened = [f"{fd} {name}" for fd, name in descriptors().items() if fd not in before]
+        children, files = list_children([unharmed.pid]), entries()
         if not (opened or children or files) or time.monotonic() > deadline:
             break
         time.sleep(0.005)  # the loop closes what is late, and tells nobody
@@ -277,11 +243,11 @@ def main() -> None:
         try:
             answer = scenario.run(what)
         except (OSError, RuntimeError, MemoryError, ProctreeError) as error:
-            answer = {"error": _failure(error)}
+            answer = {"error": failure(error)}
         _say({**answer, **said})
         _hear()
         if before is None:  # what is made once, with the first run, is not what is tested here
-            before = _descriptors()
+            before = descriptors()
         _say({**check(before, folder, unharmed), "events": list(events)})
 
 

@@ -7,7 +7,6 @@ talking it does by readv(2) and writev(2), which are no part of what is tested.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -15,12 +14,11 @@ import sys
 import time
 from typing import Any
 
-import psutil
-
 import proctree
-from proctree import KillPolicy, Stage, WatchedSubprocess, registry
+from left_behind import children as list_children
+from left_behind import descriptors, entries, failure
+from proctree import KillPolicy, Stage, WatchedSubprocess
 from proctree.containment import group, warden
-from proctree.process import proof
 
 ACTORS, CONTAINMENT, KIND = sys.argv[1:4]
 POLICY = KillPolicy((Stage(15, 0.05), Stage(9, 2.0)))
@@ -140,42 +138,13 @@ def run_lost(scenario: Scenario) -> dict[str, Any]:
     return scenario.finish()
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
-    return {
-        "type": type(error).__name__,
-        "errno": getattr(error, "errno", None),
-        "text": str(error),
-        "notes": getattr(error, "__notes__", []),
-        "is_os_error": isinstance(error, OSError),
-    }
-
-
-def _descriptors() -> dict[str, str]:
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
-    return found
-
-
-def _children() -> list[str]:
-    """Zombies too: a process that nobody reaps is a leak."""
-    found = []
-    for process in psutil.Process().children():
-        stat = proof.read_stat(process.pid)
-        if stat is not None:
-            found.append(f"{stat.pid} {stat.name} {stat.state}")
-    return found
-
-
 def _files(leaf: str | None) -> list[str]:
     """Entries in the registry, which is ours alone here, and the cgroup of the tree."""
-    found = os.listdir(folder) if os.path.isdir(folder := registry.default_directory()) else []
-    return found + ([leaf] if leaf is not None and os.path.isdir(leaf) else [])
+    return entries() + ([leaf] if leaf is not None and os.path.isdir(leaf) else [])
 
 
 def _opened(before: dict[str, str]) -> list[str]:
-    found = {fd: name for fd, name in _descriptors().items() if fd not in before}
+    found = {fd: name for fd, name in descriptors().items() if fd not in before}
     # The loop's own, which come with the first tree and stay.
     for own in ("anon_inode:[eventpoll]", "anon_inode:[eventfd]"):
         if own not in before.values():
@@ -189,7 +158,7 @@ def check(before: dict[str, str], leaf: str | None, *, known: bool) -> dict[str,
     has said that something is left, and then nobody waits for it to go."""
     deadline = time.monotonic() + LEAVE_SECONDS
     while True:
-        opened, children, files = _opened(before), _children(), _files(leaf)
+        opened, children, files = _opened(before), list_children(), _files(leaf)
         if not (opened or children or files) or known or time.monotonic() > deadline:
             break
         time.sleep(0.005)  # the loop closes what is late, and tells nobody
@@ -217,7 +186,7 @@ def main() -> None:
         scenario.close()
         from proctree.process import sweep  # noqa: F401
 
-    before = _descriptors()
+    before = descriptors()
     while True:
         task = _hear()
         os.environ.update(task["environment"])
@@ -232,7 +201,7 @@ def main() -> None:
         try:
             answer = run_lost(scenario) if task["do"] == "lost" else run_tree(scenario)
         except (OSError, RuntimeError, MemoryError, proctree.ProctreeError) as error:
-            answer = {"error": _failure(error)}
+            answer = {"error": failure(error)}
         finally:
             scenario.close()
         _say(answer)

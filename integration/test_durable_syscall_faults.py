@@ -11,6 +11,7 @@ How it is done: as in test_syscall_faults.py, thread by thread; PROCTREE_FAULTS 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -25,7 +26,15 @@ import pytest
 from integration import strace
 from integration.conftest import eventually
 from integration.strace import Fault
-from integration.test_syscall_faults import CALLS, EVERYTHING, Agent, Call, candidates, simple
+from integration.test_syscall_faults import (
+    CALLS,
+    EVERYTHING,
+    Agent,
+    Call,
+    candidates,
+    simple,
+    try_each,
+)
 
 pytestmark = [
     pytest.mark.not_with(
@@ -266,21 +275,7 @@ def judge(fault: Fault, what: str, answer: dict[str, Any]) -> list[str]:
 @pytest.mark.timeout(0 if EVERYTHING == "all" else 120)
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_every_call_of_a_durable_run_may_fail(place: Place) -> None:
-    bench = Bench(place)
-    failures, made, missed = [], 0, []
-    try:
+    with contextlib.closing(Bench(place)) as bench:
         named = EVERYTHING not in ("", "all")
         faults = map(Fault.parse, EVERYTHING.split(",")) if named else bench.faults()
-        for fault in [*faults]:
-            wrong, happened = bench.attempt(fault)
-            made += happened
-            if not happened:
-                missed.append(str(fault))
-            failures += [f"{fault}: {text}" for text in wrong]
-            if wrong:
-                print(f"{place} {fault}: {wrong}", flush=True)
-    finally:
-        bench.close()
-    print(f"{place}: {made} faults, {len(missed)} missed: {missed}")
-    assert not failures, "\n".join(failures)
-    assert made
+        try_each(place, [*faults], bench.attempt)

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -607,18 +607,23 @@ def places() -> Iterator[Place]:
 @pytest.mark.parametrize("place", [*places()], ids=str)
 def test_every_call_may_fail(place: Place, actors: str, traced_warden: str, tmp_path: Path) -> None:
     bench = Bench(place, actors, traced_warden, tmp_path)
+    with contextlib.closing(bench):
+        try_each(place, wanted(bench), bench.attempt)
+
+
+def try_each(
+    place: object, faults: Iterable[Fault], attempt: Callable[[Fault], tuple[list[str], bool]]
+) -> None:
+    """`attempt` says what is wrong with what came of a fault, and whether the call was made."""
     failures, made, missed = [], 0, []
-    try:
-        for fault in wanted(bench):
-            wrong, happened = bench.attempt(fault)
-            made += happened
-            if not happened:
-                missed.append(str(fault))
-            failures += [f"{fault}: {text}" for text in wrong]
-            if wrong:
-                print(f"{place} {fault}: {wrong}", flush=True)
-    finally:
-        bench.close()
+    for fault in faults:
+        wrong, happened = attempt(fault)
+        made += happened
+        if not happened:
+            missed.append(str(fault))
+        failures += [f"{fault}: {text}" for text in wrong]
+        if wrong:
+            print(f"{place} {fault}: {wrong}", flush=True)
     print(f"{place}: {made} faults, {len(missed)} missed: {missed}")
     assert not failures, "\n".join(failures)
     assert made
