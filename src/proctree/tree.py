@@ -27,6 +27,7 @@ from proctree.worker import Worker
 
 if TYPE_CHECKING:
     from proctree.outcome import Outcome
+    from proctree.process.snapshot import ProcessInfo
     from proctree.stdio import Captured, StreamOwner
     from proctree.terminal import Terminal
 
@@ -231,6 +232,13 @@ class Tree:
 
     def signal(self, stage: Stage) -> None:
         self._loop.post(lambda: self._signal(stage))
+
+    def processes(self) -> list[ProcessInfo]:
+        """Of those that live, the main process first."""
+        from proctree.process.snapshot import snapshot
+
+        root = self.contained.root()
+        return [] if root is None else snapshot(root, self.contained.pid, self.tree_id)
 
     def tap(self, function: Callable[[str, bytes], None]) -> None:
         """Before the launch: `function` gets the name of the stream and a piece of it, before it is

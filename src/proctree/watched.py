@@ -262,10 +262,7 @@ class WatchedSubprocess:
 
     def processes(self) -> list[ProcessInfo]:
         """A snapshot of the living processes of the tree, main process first, by psutil."""
-        from proctree.process.snapshot import snapshot
-
-        root = self._tree.contained.root()
-        return [] if root is None else snapshot(root, self._tree.contained.pid, self.tree_id)
+        return self._tree.processes()
 
     # -- what can be done
 

@@ -39,7 +39,6 @@ class Link(NamedTuple):
         control: the socket; non-blocking. STARTED, and EXITED if it has, come next.
         warden, pidfd: the warden.
         owned: whether we are the owner now.
-        owner: the owner's pid, or 0.
         ends: whether what its main process leaves behind is to be ended.
         ending: 0, or 1 + `recording.Cause` when the warden is ending the tree by itself.
     """
@@ -48,7 +47,6 @@ class Link(NamedTuple):
     warden: int
     pidfd: int
     owned: bool
-    owner: int
     ends: bool
     ending: int
 
@@ -78,14 +76,14 @@ def reach(place: str, *, own: bool, timeout: float) -> Link:
         warden = _peer(control)
         pidfd = _open(warden)
         control.send(protocol.encode_attach(own=own))
-        flags, owner, ending = _answer(control, deadline)
+        flags, ending = _answer(control, deadline)
     except BaseException:
         fds.close(control.detach())
         if pidfd >= 0:
             fds.close(pidfd)
         raise
     owned, ends = bool(flags & protocol.ATTACHED_OWNER), bool(flags & protocol.ATTACHED_ENDS)
-    return Link(control, warden, pidfd, owned, owner, ends, ending)
+    return Link(control, warden, pidfd, owned, ends, ending)
 
 
 def _peer(control: socket.socket) -> int:
@@ -110,7 +108,7 @@ def _open(warden: int) -> int:
         raise
 
 
-def _answer(control: socket.socket, deadline: float) -> tuple[int, int, int]:
+def _answer(control: socket.socket, deadline: float) -> tuple[int, int]:
     poller = select.poll()
     poller.register(control, select.POLLIN)
     left = deadline - time.monotonic()
@@ -128,5 +126,5 @@ def _answer(control: socket.socket, deadline: float) -> tuple[int, int, int]:
         raise OSError(number, f"the warden refused ({errno_name(number)})")
     if message.type is not Type.ATTACHED:
         raise OSError(errno.EPROTO, f"the warden sent {message.type.name} first")
-    owner, ending = message.values
-    return message.flags, owner, ending
+    _owner, ending = message.values
+    return message.flags, ending

@@ -274,7 +274,6 @@ class Prepared:
         attempt: what is recorded.
         run: a descriptor of its directory.
         listen: one of the socket `control` in it, bound, at which nobody listens yet.
-        out, err: the paths of the files for its output, which are there and empty.
 
     Both descriptors are owned (fds.py), close-on-exec and above the standard streams.
     """
@@ -283,8 +282,6 @@ class Prepared:
         self.attempt = attempt
         self.run = run
         self.listen = listen
-        self.out = os.path.join(attempt.place, folders.OUT)
-        self.err = os.path.join(attempt.place, folders.ERR)
         self._pid = os.getpid()
 
     def close(self) -> None:
@@ -450,14 +447,11 @@ class FileClaim(Claim):
 
     def release(self) -> None:
         # By close(2), and never by LOCK_UN, which would take the lock from a warden that has
-        # inherited it: it is the open file's (flock(2)).
+        # inherited it: it is the open file's (flock(2)), and the warden's alone from now on.
         lock, self.lock = self.lock, -1
         # In a forked child it is closed, and its number may be that of another file.
         if lock >= 0 and self._pid == os.getpid():
             fds.close(lock)
-
-    give_away = release
-    """Once a warden has inherited the lock: it alone holds it from then on."""
 
 
 def _open_directory(path: str) -> int:

@@ -173,13 +173,7 @@ class Run:
 
     def processes(self) -> list[ProcessInfo]:
         """A snapshot of its living processes, main process first."""
-        from proctree.process.snapshot import snapshot
-
-        if self._live is None:
-            return []
-        tree = self._live.tree
-        root = tree.contained.root()
-        return [] if root is None else snapshot(root, tree.contained.pid, self.tree_id)
+        return [] if self._live is None else self._live.tree.processes()
 
     def _owned(self, what: str) -> Live | None:
         """None when it has ended."""
