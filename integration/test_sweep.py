@@ -124,7 +124,9 @@ def test_exactly_that_is_ended(actors: str, folder: Path, containment: str, how:
     tree_id = crashed.tree_id
     # One digit other, one more, one less, in another case, and of another tree altogether.
     marks = [tree_id[:-1] + ("0" if tree_id[-1] != "0" else "1"), tree_id + "0", tree_id[:-1]]
-    marks += [tree_id.upper() + "/x", "0123456789abcdef", f"{tree_id}x/{tree_id}y"]
+    marks += ["0123456789abcdef", f"{tree_id}x/{tree_id}y"]
+    if tree_id.upper() != tree_id:  # one of digits only has no other case
+        marks.append(tree_id.upper() + "/x")
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(witness(mark, actors, "ignore")) for mark in marks]
         others.append(stack.enter_context(witness(None, actors, "ignore")))
