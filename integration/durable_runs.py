@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from integration.conftest import DEADLINE
+from integration.conftest import DEADLINE, eventually
 from proctree import KillPolicy
 from proctree.durable import FileStore, Run
 
@@ -139,3 +139,14 @@ class Supervisor:
 def end(run: Run) -> None:
     run.kill(KillPolicy.now())
     assert run.wait(DEADLINE) is not None
+
+
+def disconnect(run: Run) -> None:
+    """As if we had not read for too long: a warden closes the connection of one that talks nonsense
+    as well. Returns when we have come back."""
+    assert run._live is not None
+    contained = run._live.contained
+    before = contained._control
+    assert before is not None
+    before.send(b"nonsense")
+    eventually(lambda: contained._control not in (before, None), "it has come back")

@@ -32,7 +32,7 @@ from integration.conftest import (
     in_thread,
     is_alive,
 )
-from integration.durable_runs import SLEEPER, Job, Supervisor, end
+from integration.durable_runs import SLEEPER, Job, Supervisor, disconnect, end
 from proctree import CAPTURE, Function, KillPolicy, Reason, Stage, durable, registry
 from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.durable import (
@@ -599,17 +599,6 @@ def test_all_of_a_run_is_on_the_disk_before_anybody_is_told_of_its_end(
 
 
 # -- a supervisor that its warden has let go of
-
-
-def disconnect(run: Run) -> None:
-    """As if we had not read for too long: a warden closes the connection of one that talks nonsense
-    as well. Returns when we have come back."""
-    assert run._live is not None
-    contained = run._live.contained
-    before = contained._control
-    assert before is not None
-    before.send(b"nonsense")
-    eventually(lambda: contained._control not in (before, None), "it has come back")
 
 
 def test_one_that_its_warden_has_let_go_of_comes_back_and_owns_it(

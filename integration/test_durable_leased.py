@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,9 @@ import pytest
 import proctree
 from integration.conftest import DEADLINE, Lines, eventually, in_thread, is_alive
 from integration.databases import Server, postgresql
-from integration.durable_runs import SAY_THE_END, SLEEPER, Job, Supervisor
+from integration.durable_runs import SAY_THE_END, SLEEPER, Job, Supervisor, disconnect
 from proctree import CAPTURE, KillPolicy, Reason, Stage, durable, registry
-from proctree.durable import DifferentTarget, FileStore, NotOwner, NotRunning, UnknownKey
+from proctree.durable import DifferentTarget, FileStore, NotOwner, NotRunning, Run, UnknownKey
 from proctree.durable.leased import LeasedRun, RunElsewhere
 from proctree.durable.recording import Cause
 from proctree.durable.sql import SqlStore
@@ -314,6 +315,64 @@ def test_attach_and_forget(here: Machine, there: Machine, job: Job) -> None:
     durable.forget("key", store=here.store())
     assert durable.list(there.store()) == []
     assert durable.list(here.local) == []
+
+
+def test_what_was_forgotten_from_another_machine_is_forgotten_here_too(
+    here: Machine, there: Machine
+) -> None:
+    assert durable.run("key", ["true"], store=here.store()).ok
+    durable.forget("key", store=there.store())
+    assert [listed.key for listed in durable.list(here.local)] == ["key"]
+    durable.forget("key", store=here.store())
+    assert durable.list(here.local) == []
+    with pytest.raises(UnknownKey, match="nothing is recorded"):
+        durable.forget("key", store=here.store())
+
+
+def holds(run: Run) -> bool:
+    assert isinstance(run, LeasedRun)
+    assert run._tender is not None
+    return run._tender._holds()
+
+
+def test_who_owns_the_tree_again_has_its_key_again(here: Machine, there: Machine, job: Job) -> None:
+    """In between another supervisor was the owner, and had the key."""
+    lease = 10.0
+    first = durable.start("key", job.command, store=here.store(lease), kill=QUICK)
+    other = durable.start("key", job.command, store=here.store(lease), kill=QUICK)
+    assert [first.owned, other.owned] == [True, False]
+    disconnect(first)
+    eventually(lambda: holds(other) and not holds(first), "the other one has taken over")
+    other.detach()
+    assert other.wait(DEADLINE) is not None
+    eventually(lambda: first.owned and holds(first), "it has it again")
+    job.let_go()
+    assert first.wait(DEADLINE) is not None
+    (attempt,) = there.store().attempts("key")
+    assert attempt.exit is not None
+    assert (attempt.exit.returncode, attempt.exit.by_itself, job.ran) == (0, True, 1)
+
+
+def test_a_tree_whose_lease_nobody_would_renew_is_ended_at_once(
+    here: Machine, there: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "proctree-tender":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            durable.start("key", SLEEPER, store=here.store())
+    assert not here.local.claimed("key")
+    (attempt,) = there.store().attempts("key")
+    assert attempt.exit is not None
+    assert attempt.exit.cause is Cause.OWNER
+    with durable.start("key", SLEEPER, store=there.store()) as run:
+        assert run.number == 2
 
 
 def test_a_lost_attempt_is_no_run_to_attach_to(

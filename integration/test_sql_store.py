@@ -23,6 +23,7 @@ from integration.databases import Server, postgresql
 from integration.nursery import Forked, Nursery
 from integration.sql_holder import request
 from proctree.durable import sql
+from proctree.durable.directory import FileStore
 from proctree.durable.errors import LeaseLost, StillRunning, StoreUnusable, UnknownKey
 from proctree.durable.recording import Cause, Exit
 from proctree.durable.sql import SqlClaim, SqlStore, boottime
@@ -554,6 +555,16 @@ def test_urls_are_checked(wrong: str, text: str) -> None:
 def test_leases_are_checked(tmp_path: Path, lease: float) -> None:
     with pytest.raises(ValueError, match="lease"):
         SqlStore(f"sqlite:///{tmp_path}/x", lease=lease)
+
+
+def test_where_local_directories_are(tmp_path: Path) -> None:
+    url, place = f"sqlite:///{tmp_path}/x", tmp_path / "local"
+    for given in (place, str(place), FileStore(place)):
+        local = SqlStore(url, local=given).local
+        assert isinstance(local, FileStore)
+        assert local.path == str(place)
+    with pytest.raises(TypeError, match="local: a path or a FileStore, not 7"):
+        SqlStore(url, local=7)  # type: ignore[arg-type]
 
 
 def test_without_sqlalchemy() -> None:

@@ -74,8 +74,6 @@ def _pause(sql: SqlStore) -> float:
 def _local(sql: SqlStore) -> FileStore:
     if sql.local is None:
         sql.local = FileStore()
-    if not isinstance(sql.local, FileStore):
-        raise TypeError(f"store: local: a FileStore, not {sql.local!r}")
     return sql.local
 
 
@@ -251,29 +249,32 @@ class Tender:
         self._settled.wait(left if timeout is None else min(left, timeout))
         return self._settled.is_set() or boottime() >= self._until()
 
-    def begin(self, claim: SqlClaim) -> None:
-        """With the claim under which the tree was started."""
-        self._take(claim)
-        self._work(self._record)
+    def begin(self, claim: SqlClaim | None = None) -> None:
+        """Of a tree that we have started, with the claim for that. The key of one that somebody
+        else has started is ours as soon as the tree is.
 
-    def come(self) -> None:
-        """To a tree that somebody else has started: its key is ours as soon as the tree is."""
-        self._work(self._claim_and_record)
+        Raises:
+            RuntimeError: there can be no thread for it.
+        """
+        if claim is not None:
+            self._take(claim)
+        threading.Thread(target=self._work, name="proctree-tender", daemon=True).start()
 
-    def _work(self, job: Any) -> None:
-        def work() -> None:
-            try:
-                job()
-            except DurableError as error:
-                self._unrecorded(error)
-            finally:
-                if self._claim is not None:
-                    self._claim.abandon()  # it is not renewed by nobody's order
-                self._settled.set()
+    def _work(self) -> None:
+        try:
+            self._tend()
+        except DurableError as error:
+            self._unrecorded(error)
+        finally:
+            self._let_go_of_claim()  # it is not renewed by nobody's order
+            self._settled.set()
 
-        threading.Thread(target=work, name="proctree-tender", daemon=True).start()
+    def _let_go_of_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.abandon()
 
     def _take(self, claim: SqlClaim) -> None:
+        self._let_go_of_claim()
         self._claim = claim
         claim.when_renewed.append(lambda _left: self._renewed(claim))
         # It may have been renewed meanwhile.
@@ -289,24 +290,34 @@ class Tender:
         if last and last[0].cancelled and not self._ended.is_set():
             self._live.contained.cancel()
 
-    # -- a tree that was there before us
-
-    def _claim_and_record(self) -> None:
+    def _tend(self) -> None:
+        # Who owns the tree claims its key, again as well: its owner may be another one meanwhile,
+        # who claims it then, and may go before we do.
         while not self._ended.is_set():
-            if self._live.contained.owns and self._try_to_claim():
-                self._record()
-                return
+            if self._live.contained.owns and not self._holds():
+                self._try_to_claim()
             self._ended.wait(_pause(self._sql))
-        if not self._detached():
+        if self._detached():
+            return  # it runs on, for as long as its lease
+        if self._holds():
+            self._record()
+        else:
             self._see_it_recorded()
+
+    def _holds(self) -> bool:
+        return self._claim is not None and not self._claim.lost
 
     def _see_it_recorded(self) -> None:
         """By its owner, or by us when that is not there any more."""
         while boottime() < self._until() and not self._is_recorded():
+            if self._is_followed():
+                break
             if self._try_to_claim():
                 self._record()
                 return
             time.sleep(_pause(self._sql))
+        if self._live.contained.owns:
+            self._unrecorded(LeaseLost("the lease was over before the end could be recorded"))
 
     def _is_recorded(self) -> bool:
         try:
@@ -316,6 +327,14 @@ class Tender:
             return False
         attempt = attempt_of(attempts, self._run.tree_id)
         return attempt is not None and attempt.exit is not None
+
+    def _is_followed(self) -> bool:
+        """Whoever took it for lost has made another attempt."""
+        try:
+            return not self._is_last()
+        except StoreUnusable as error:
+            self._failed(error)
+            return False
 
     def _failed(self, error: StoreUnusable) -> None:
         events.warning("durable.not_renewed", key=self._run.key, error=str(error))
@@ -359,16 +378,11 @@ class Tender:
     def _record(self) -> None:
         claim = self._claim
         assert claim is not None
-        self._ended.wait()
-        if self._detached():
-            claim.abandon()  # it runs on, for as long as its lease
-            return
         while not claim.lost and boottime() < self._until():
             try:
+                # If it is not known how it ended, that shows when the lease is over.
                 if record_end(claim, _local(self._sql), self._run.key):
                     claim.release()
-                else:
-                    claim.abandon()  # how it ended is not known; that shows when its lease is over
                 return
             except StoreUnusable as error:
                 self._failed(error)
@@ -441,22 +455,22 @@ def _tended(run: Run, sql: SqlStore) -> Run:
     """One that was there before us."""
     assert isinstance(run, LeasedRun)
     try:
-        _require_sameclock(run)
-        attempts = sql.attempts(run.key)
+        _require_same_clock(run)
+        there = attempt_of(sql.attempts(run.key), run.tree_id)
+        tender = Tender(run, sql)
+        tender.begin()
     except BaseException:
         # Who stays attached may come to own it, and nobody would renew its lease.
         run.detach()
         run.wait()
         raise
-    there = attempt_of(attempts, run.tree_id)
+    run._tender = tender
     if there is not None:
         run.number = there.number
-    run._tender = Tender(run, sql)
-    run._tender.come()
     return run
 
 
-def _require_sameclock(run: LeasedRun) -> None:
+def _require_same_clock(run: LeasedRun) -> None:
     """Until when it may run is said to the warden by its clock. Raises StillRunning."""
     live = run._live
     warden = None if live is None else live.contained.root()
@@ -531,6 +545,7 @@ def _start(
 
     try:
         run = start(mine, wish, _local(sql), until, LeasedRun)
+        _have_tended(run, claim, sql)
     except BaseException as error:
         if number and not _proved_ended(claim, sql, wish.key):
             stack.pop_all()
@@ -540,11 +555,21 @@ def _start(
             return None  # we were stopped for so long that the lease was over
         raise
     stack.pop_all()
-    assert isinstance(run, LeasedRun)
     run.number = number
-    run._tender = Tender(run, sql)
-    run._tender.begin(claim)
     return run
+
+
+def _have_tended(run: Run, claim: SqlClaim, sql: SqlStore) -> None:
+    assert isinstance(run, LeasedRun)
+    tender = Tender(run, sql)
+    try:
+        tender.begin(claim)
+    except BaseException:
+        # Nobody would renew its lease, or record its end.
+        run.kill(KillPolicy.now())
+        run.wait()
+        raise
+    run._tender = tender
 
 
 def _proved_ended(claim: SqlClaim, sql: SqlStore, key: str) -> bool:
@@ -632,6 +657,13 @@ def forget(key: str, sql: SqlStore) -> None:
     local = _local(sql)
     if local.claimed(key):
         raise StillRunning(f"key {key!r}: it runs on this machine: cancel it first")
-    sql.forget(key)
-    with contextlib.suppress(UnknownKey):
-        local.forget(key)
+    unknown: UnknownKey | None = None
+    try:
+        sql.forget(key)
+    except UnknownKey as error:
+        unknown = error
+    try:
+        local.forget(key)  # it may have been forgotten from another machine
+    except UnknownKey:
+        if unknown is not None:
+            raise unknown from None

@@ -128,6 +128,7 @@ class Run:
 
         Raises:
             RuntimeError: called without a timeout in an output callback of this very run.
+            StoreUnusable: it has ended, and what is recorded of that cannot be read.
             ProctreeError: called in a forked child.
         """
         live = self._live

@@ -22,15 +22,19 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from proctree import events
+from proctree.durable.directory import FileStore
 from proctree.durable.errors import LeaseLost, StillRunning, StoreUnusable, UnknownKey
 from proctree.durable.here import Here
 from proctree.durable.keys import check_key
 from proctree.durable.recording import Exit, Request, Unreadable, escape, unescape
 from proctree.durable.store import Attempt, Claim, Store
 from proctree.process import proof
+
+if TYPE_CHECKING:
+    from proctree.command import StrPath
 
 try:
     import sqlalchemy as sa
@@ -160,7 +164,8 @@ class SqlStore(Store):
             "sqlite:////path/of/file"; or an `Engine`.
         lease: seconds after which a key may be taken over whose holder is not heard of. The same
             for all is best; a holder's own counts.
-        local: where the trees of this host have their directories, or None.
+        local: where the trees of this host have their directories: a path or a `FileStore`.
+            Default None: where `FileStore()` has its own.
 
     Raises:
         TypeError, ValueError: by the name of the argument.
@@ -168,12 +173,20 @@ class SqlStore(Store):
     """
 
     def __init__(
-        self, url: str | sa.URL | sa.Engine, *, lease: float = LEASE, local: Store | None = None
+        self,
+        url: str | sa.URL | sa.Engine,
+        *,
+        lease: float = LEASE,
+        local: StrPath | FileStore | None = None,
     ) -> None:
         if isinstance(lease, bool) or not isinstance(lease, (int, float)):
             raise TypeError(f"lease: seconds, not {lease!r}")
         if not math.isfinite(lease) or lease < LEAST_LEASE:
             raise ValueError(f"lease: {lease!r} is not a number of seconds from {LEAST_LEASE} up")
+        if isinstance(local, (str, bytes, os.PathLike)):
+            local = FileStore(local)
+        elif local is not None and not isinstance(local, FileStore):
+            raise TypeError(f"local: a path or a FileStore, not {local!r}")
         self.lease = float(lease)
         self.local = local
         self._engine = _engine(url, self.lease)
