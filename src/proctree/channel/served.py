@@ -126,7 +126,7 @@ class Served:
     def open(self) -> tuple[int, bytes]:
         """Makes the door; returns the tree's descriptor and the value of its variable."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._door = _above_stdio(ours)
+        self._door = fds.lifted(ours)
         take_none(self._door)
         self._door_fd = fds.own(self._door.fileno())
         self._theirs = fds.above_stdio(theirs.detach())
@@ -221,7 +221,7 @@ class Served:
         try:
             with fds.making():
                 ours, theirs = socket.socketpair()
-                ours = _above_stdio(ours)
+                ours = fds.lifted(ours)
                 take_none(ours)
                 fds.own(ours.fileno())
         except OSError as problem:
@@ -430,10 +430,6 @@ class Served:
     def log(self, event: str, **fields: Any) -> None:
         """At most one of a kind a second; how many were left out is in the next."""
         self._sparing.warning(event, **fields)
-
-
-def _above_stdio(sock: socket.socket) -> socket.socket:
-    return socket.socket(fileno=fds.above_stdio(sock.detach()))
 
 
 _all: weakref.WeakSet[Served] = weakref.WeakSet()

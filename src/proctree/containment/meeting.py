@@ -26,10 +26,8 @@ def _address(directory: int) -> str:
 
 def _socket() -> socket.socket:
     with fds.making():
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fd = fds.own(fds.above_stdio(made.detach()))
-        # What is not given is asked for by getsockopt(2), and if that fails nobody has `fd`.
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        sock = fds.lifted(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        fds.own(sock.fileno())
     sock.setblocking(False)
     return sock
 

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import os
 import select
+import socket
 import threading
 from collections.abc import Callable
 
@@ -59,6 +60,13 @@ def above_stdio(fd: int) -> int:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
         os.close(fd)
+
+
+def lifted(sock: socket.socket) -> socket.socket:
+    """As `above_stdio`; `sock` itself is used up."""
+    family, kind, protocol = sock.family, sock.type, sock.proto
+    # What is not given here is asked for by getsockopt(2), and nobody has the number if that fails.
+    return socket.socket(family, kind, protocol, fileno=above_stdio(sock.detach()))
 
 
 def pipe() -> tuple[int, int]:

@@ -148,9 +148,9 @@ class _Reader(io.RawIOBase):
 
 def _new_socket(family: int, kind: int, protocol: int) -> socket.socket:
     with fds.making():
-        made = socket.socket(family, kind, protocol)
-        fd = fds.own(fds.above_stdio(made.detach()))
-        return socket.socket(family, kind, protocol, fd)
+        sock = fds.lifted(socket.socket(family, kind, protocol))
+        fds.own(sock.fileno())
+        return sock
 
 
 def _is_itself(sock: socket.socket) -> bool:

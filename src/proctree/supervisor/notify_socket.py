@@ -337,8 +337,7 @@ def _held(message: _Message) -> Iterator[int | None]:
 
 
 def _open(path: str, reachable: bool) -> socket.socket:
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock = socket.socket(fileno=fds.above_stdio(made.detach()))
+    sock = fds.lifted(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     try:
         # Before anybody can send: the kernel notes the sender when a message is sent.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
