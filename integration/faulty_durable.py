@@ -22,7 +22,7 @@ from typing import Any
 
 from left_behind import children as list_children
 from left_behind import descriptors, entries, failure
-from proctree import CAPTURE, KillPolicy, Lines, Outcome, ProctreeError, Stage, durable
+from proctree import CAPTURE, KillPolicy, Lines, Outcome, ProctreeError, Stage, durable, worker
 from proctree import loop as _loop
 from proctree.containment import warden
 from proctree.durable import FileStore, reconnecting
@@ -31,6 +31,7 @@ CONTAINMENT = sys.argv[1]
 UNHARMED = sys.argv[-1] == "unharmed"
 POLICY = KillPolicy((Stage(15, 0.05), Stage(9, 2.0)))
 KEY = "key"
+WORKERS = 3
 LEAVE_SECONDS = 15.0
 """How long something that is ending may take to be gone."""
 
@@ -169,20 +170,41 @@ class Scenario:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.lines: list[str] = []
+        self._run: durable.Run | None = None
         self.options = {"logs": (CAPTURE, Lines(self.lines.append)), **_options(folder)}
         self.store = FileStore(self.options["store"])
+
+    def prepare(self, what: str) -> None:
+        if what == "comeback":
+            self._run = durable.start(KEY, _target(self.folder), **self.options)
 
     def start(self) -> Outcome | None:
         return durable.start(KEY, _target(self.folder), **self.options).wait()
 
     def reconnect(self) -> Outcome | None:
-        run = durable.start(KEY, _target(self.folder), **self.options)
+        return self._kill(durable.start(KEY, _target(self.folder), **self.options))
+
+    def _kill(self, run: durable.Run) -> Outcome | None:
         try:
             run.kill(reason="enough")
         except BaseException:
             run.detach()
             raise
         return run.wait()
+
+    def comeback(self) -> Outcome | None:
+        """Its warden closes the connection, as it does to one that does not read."""
+        run = self._run
+        assert run is not None
+        assert run._live is not None
+        contained = run._live.contained
+        gone = contained._control
+        contained._loop.post(lambda: contained._say(b"nonsense"))
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while contained._control in (gone, None) and run.outcome is None:
+            time.sleep(0.001)
+            assert time.monotonic() < deadline
+        return self._kill(run)
 
     def attach(self) -> Outcome | None:
         run = durable.attach(KEY, logs=self.options["logs"], store=self.store)
@@ -201,7 +223,13 @@ class Scenario:
         return {"outcome": fields, "lines": self.lines}
 
 
-BEFORE = {"reconnect": "leave", "attach": "leave", "cancel": "leave", "result": "finish"}
+BEFORE = {
+    "reconnect": "leave",
+    "attach": "leave",
+    "cancel": "leave",
+    "comeback": "leave",
+    "result": "finish",
+}
 
 
 def check(before: dict[str, str], folder: str, unharmed: Unharmed) -> dict[str, Any]:
@@ -222,10 +250,25 @@ def check(before: dict[str, str], folder: str, unharmed: Unharmed) -> dict[str, 
     return {"wrong": wrong, "opened": opened, "children": children, "files": files}
 
 
+def _workers() -> list[int]:
+    """The threads on which callbacks run, of which there are more than will be needed, idle."""
+    barrier = threading.Barrier(WORKERS + 1)
+    for _ in range(WORKERS):
+        worker.run(barrier.wait)
+    barrier.wait(LEAVE_SECONDS)
+    threads = [each for each in threading.enumerate() if each.name == "proctree-callbacks"]
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while len(worker._threads._idle) < len(threads) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return [each.native_id for each in threads if each.native_id is not None]
+
+
 def main() -> None:
     # Whatever strace traces ends like this, and there is no second to lose on each.
     warden.TRACER_PAUSE = 0.01
     # A lasting fault keeps a supervisor from ever reaching the warden.
+    worker.IDLE_SECONDS = 600.0
+    warden.COME_BACK_SECONDS = 1.0
     reconnecting.PATIENCE = 2.0
     reconnecting.ANSWER_SECONDS = 1.0
     _listen()
@@ -237,8 +280,9 @@ def main() -> None:
         events.clear()
         said = unharmed.do(BEFORE[what], folder) if what in BEFORE else {}
         scenario = Scenario(folder)
+        scenario.prepare(what)
         thread = _loop.get()._thread.native_id if _loop.exists() else None
-        _say({"loop": thread, "unharmed": unharmed.pid, **said})
+        _say({"loop": thread, "workers": _workers(), "unharmed": unharmed.pid, **said})
         _hear()
         try:
             answer = scenario.run(what)

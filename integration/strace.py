@@ -80,17 +80,24 @@ def injected(log: Path) -> list[str]:
 
 @contextlib.contextmanager
 def attached(
-    task: int, log: Path, calls: str, fault: Fault | Delay | None, *, follow: bool = False
+    task: int | list[int],
+    log: Path,
+    calls: str,
+    fault: Fault | Delay | None,
+    *,
+    follow: bool = False,
 ) -> Iterator[None]:
-    """Traces one thread; with `follow` its whole process, and what that forks."""
-    command = ["strace", "-y", "-o", str(log), "-e", f"trace={calls}", "-p", str(task)]
+    """Traces one thread, or several; with `follow` its whole process, and what that forks."""
+    tasks = [task] if isinstance(task, int) else task
+    command = ["strace", "-y", "-o", str(log), "-e", f"trace={calls}"]
+    command += [f"--attach={task}" for task in tasks]
     command += ["-f"] if follow else []
     command += ["-e", f"inject={fault.expression}"] if fault else []
     strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert strace.stderr is not None
     try:
         said = ""
-        while " attached" not in said:
+        while said.count(" attached") < len(tasks):
             line = strace.stderr.readline()
             said += line
             assert line, f"strace did not attach: {said}"

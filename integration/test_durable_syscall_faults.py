@@ -87,6 +87,7 @@ LEFT_OUT = {
         "readv": "how it is told what to do",
     },
     "loop": {},
+    "workers": {},
 }
 """Why a call of a thread is not made to fail."""
 
@@ -103,9 +104,10 @@ class Place(NamedTuple):
 
 PLACES = [
     Place(what, thread)
-    for what in ("start", "reconnect", "attach", "result", "cancel")
-    for thread in ("main", "loop")
-    if (what, thread) != ("result", "loop")  # it does nothing then
+    for what in ("start", "reconnect", "attach", "result", "cancel", "comeback")
+    for thread in ("main", "loop", "workers")
+    # It does nothing then.
+    if (what, thread) not in {("result", "loop"), ("result", "workers"), ("cancel", "workers")}
 ]
 
 
@@ -145,14 +147,18 @@ class Bench:
                 agent.tell({})
                 answer = agent.hear()
             else:
-                main = self._place.thread == "main"
-                thread = agent.find() if main else agent.thread(told["loop"])
                 self._log.unlink(missing_ok=True)
-                with strace.attached(thread, self._log, calls, fault):
+                with strace.attached(self._threads(agent, told), self._log, calls, fault):
                     agent.tell({})
                     answer = agent.hear()
             agent.tell({})
             return {"before": told.get("tree"), **answer, **agent.hear()}
+
+    def _threads(self, agent: Agent, told: dict[str, Any]) -> list[int]:
+        if self._place.thread == "main":
+            return [agent.find()]
+        inner = [told["loop"]] if self._place.thread == "loop" else told["workers"]
+        return [agent.thread(number) for number in inner]
 
     def faults(self) -> Iterator[Fault]:
         answer = self._live(self._supervisor(), self._place.what, "all", None)
@@ -251,6 +257,10 @@ def unread(answer: dict[str, Any]) -> bool:
 
 def judge(fault: Fault, what: str, answer: dict[str, Any]) -> list[str]:
     wrong = wrong_in(what, answer)
+    if what == "comeback" and fault.onwards:
+        # Where it never can, it says so, and the tree is left to its lease.
+        cannot = any("durable.disconnected" in event for event in answer["events"])
+        wrong = [each for each in wrong if not (cannot and each.endswith(": detached"))]
     wrong += [f"a defect: {event}" for event in answer["events"] if "defect" in event]
     if "error" not in answer:
         return wrong

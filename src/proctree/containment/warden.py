@@ -59,7 +59,7 @@ COME_BACK_SECONDS = 10.0
 """How long a warden that lives may take to answer before it counts as lost."""
 
 COME_BACK_PAUSE = 0.02
-"""Seconds between two tries to reach one that lives and does not listen."""
+"""Seconds between two tries to reach one that lives."""
 
 SAY_AGAIN_SECONDS = 0.02
 UNSAID_MAX = 256
@@ -563,16 +563,15 @@ class WardenContained(Contained):
         Worker().post(work)
 
     def _back(self, found: Link | OSError, due: float) -> None:
-        from proctree.containment.reaching import NOBODY_THERE
-
         if self._owner is NOBODY or self._lost or self._reaped:
             if not isinstance(found, OSError):
                 found.close()
         elif not isinstance(found, OSError):
             self._take_back(found)
-        elif isinstance(found, NOBODY_THERE) and time.monotonic() < due:
-            # It does not listen yet, or not any more: behind the record of its tree's end it lives
-            # on for a moment, and its pidfd, which is watched, tells when it has gone.
+        elif time.monotonic() < due:
+            # Descriptors or memory may be short; or it does not listen yet, or not any more: behind
+            # the record of its tree's end it lives on for a moment, and its pidfd, which is
+            # watched, tells when it has gone.
             self._loop.call_later(COME_BACK_PAUSE, lambda: self._try_again(due))
         else:
             self._unreached(found)
