@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import select
@@ -20,6 +19,7 @@ import psutil
 import pytest
 
 import proctree
+from conftest import has_children
 from integration import databases, wardens
 from integration import nursery as nurseries
 from proctree.containment import NAMES, choose
@@ -228,21 +228,24 @@ _before: set[int] = set()
 def known_processes() -> None:
     """Fixtures of a wider scope come before this one."""
     _before.clear()
-    _before.update(process.pid for process in psutil.Process().children())
+    if has_children():
+        _before.update(process.pid for process in psutil.Process().children())
 
 
 def living() -> list[str]:
     """Every living process below this one that was not there when the test began, by name. The
     suite is a subreaper: nothing hides."""
+    known = set(_before)
     found = []
-    for child in psutil.Process().children():
-        if child.pid in _before:
+    # Parents come before their children.
+    for process in psutil.Process().children(recursive=True):
+        stat = proof.read_stat(process.pid)
+        if stat is None:
             continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in (child, *child.children(recursive=True)):
-                stat = proof.read_stat(process.pid)
-                if stat is not None and not stat.dead:
-                    found.append(f"{stat.pid} {stat.name} (parent {stat.ppid})")
+        if stat.pid in known or stat.ppid in known:
+            known.add(stat.pid)
+        elif not stat.dead:
+            found.append(f"{stat.pid} {stat.name} (parent {stat.ppid})")
     return found
 
 
