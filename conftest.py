@@ -140,7 +140,7 @@ def _note_own_wardens() -> None:
     WardenContained.spawn = noting  # type: ignore[method-assign]
 
 
-def has_children() -> bool:
+def _has_children() -> bool:
     """One system call, where a list of them takes one for each process that there is. Who has none
     has no descendants: orphans come to us."""
     try:
@@ -153,7 +153,7 @@ def has_children() -> bool:
 def _descendants() -> dict[tuple[int, float], str]:
     """Living and dead ones: a zombie that nobody reaps is a leak too."""
     found: dict[tuple[int, float], str] = {}
-    if not has_children():
+    if not _has_children():
         return found
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -164,7 +164,7 @@ def _descendants() -> dict[tuple[int, float], str]:
 def _reap_orphans(before: dict[tuple[int, float], str]) -> None:
     """Zombies that were re-parented to us are nobody's but ours to reap: that they came here is the
     work of the subreaper flag above, in real life pid 1 does it."""
-    if not has_children():
+    if not _has_children():
         return
     for process in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):

@@ -19,7 +19,6 @@ import psutil
 import pytest
 
 import proctree
-from conftest import has_children
 from integration import databases, wardens
 from integration import nursery as nurseries
 from proctree.containment import NAMES, choose
@@ -228,8 +227,7 @@ _before: set[int] = set()
 def known_processes() -> None:
     """Fixtures of a wider scope come before this one."""
     _before.clear()
-    if has_children():
-        _before.update(process.pid for process in psutil.Process().children())
+    _before.update(process.pid for process in psutil.Process().children())
 
 
 def living() -> list[str]:
