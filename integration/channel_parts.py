@@ -164,7 +164,7 @@ def run_tree(module: str, *arguments: str, server: Server | None = None) -> byte
         timeout=10 * HANGS_SECONDS,
     )
     printed = outcome.stdout or b""
-    assert outcome.returncode == 0, printed.decode()
+    assert outcome.returncode == 0, f"{outcome.describe()}\n{printed.decode()}"
     return printed
 
 
