@@ -11,10 +11,12 @@ import contextlib
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proctree import eventloops
+from proctree.channel.bell import Bell
 from proctree.channel.closely import Closely
 from proctree.channel.passed import PassedFds
 from proctree.channel.wire import Wire, listed, unless_handled
@@ -336,38 +338,67 @@ class TrioWaiter(TaskWaiter):
 
 
 class TrioParty(Party):
+    """While its loop watches the socket it is woken by a bell, and not by its token. That has a
+    lock, and who delivers may wait for none: see bell.py."""
+
     def __init__(self, owner: Owner, token: trio.lowlevel.TrioToken) -> None:
         super().__init__(owner)
         self._token = weakref.ref(token)
         self._watched = False
+        self._bell: Bell | None = None
+        self._soon: deque[Callable[[], object]] = deque()
 
     def waiter(self) -> TrioWaiter:
         return TrioWaiter(self)
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        token = self._token()
-        if token is not None:
-            eventloops.call_soon(token, function)
+        self._soon.append(function)
+        # Behind that: whoever takes the bell away looks again at what is to be called.
+        bell, token = self._bell, self._token()
+        if bell is not None:
+            bell.ring()
+        elif token is not None:
+            eventloops.call_soon(token, self._call)
+
+    def _call(self) -> None:
+        while self._soon:
+            self._soon.popleft()()
 
     def _watch(self) -> None:
         import trio
 
-        trio.lowlevel.spawn_system_task(self._watch_until_idle)
+        if self._bell is None:
+            self._bell = Bell()
+        trio.lowlevel.spawn_system_task(self._watch_until_idle, self._bell)
 
-    async def _watch_until_idle(self) -> None:
+    async def _watch_until_idle(self, bell: Bell) -> None:
         import trio
 
         if self._watched:
             return  # a signal handler raised when the first had been spawned
         self._watched = True
         try:
-            watched = True
-            while watched:
-                await trio.lowlevel.wait_readable(self._owner.wire.fileno())
-                watched = self.on_readable()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listen, bell)
+                watched = True
+                while watched:
+                    await trio.lowlevel.wait_readable(self._owner.wire.fileno())
+                    watched = self.on_readable()
+                nursery.cancel_scope.cancel()
         finally:
             self._watched = self._watching = False
+            self._bell = None
+            bell.close()
+            self._call()
             self._owner.retire()
+
+    async def _listen(self, bell: Bell) -> None:
+        import trio
+
+        while True:
+            await trio.lowlevel.wait_readable(bell.fd)
+            bell.silence()
+            self._call()
 
     def stop(self) -> None:
         """Its tasks end by themselves: the socket is readable now, and writable."""
