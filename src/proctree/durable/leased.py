@@ -281,8 +281,9 @@ class Tender:
         self._keep(claim)
 
     def _keep(self, claim: SqlClaim) -> None:
-        with self._keeping:  # what is said last is the latest
-            self._live.contained.keep(claim.expires)
+        if self._live.contained.owns:  # from anybody else the warden takes nothing
+            with self._keeping:  # what is said last is the latest
+                self._live.contained.keep(claim.expires)
 
     def _renewed(self, claim: SqlClaim) -> None:
         self._keep(claim)
@@ -293,9 +294,13 @@ class Tender:
     def _tend(self) -> None:
         # Who owns the tree claims its key, again as well: its owner may be another one meanwhile,
         # who claims it then, and may go before we do.
+        owned = True
         while not self._ended.is_set():
-            if self._live.contained.owns and not self._holds():
+            again, owned = not owned, self._live.contained.owns
+            if owned and not self._holds():
                 self._try_to_claim()
+            elif owned and again and self._claim is not None:
+                self._keep(self._claim)
             self._ended.wait(_pause(self._sql))
         if self._detached():
             return  # it runs on, for as long as its lease
