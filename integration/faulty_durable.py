@@ -9,8 +9,6 @@ what the first one comes to, and finds out afterwards what has become of the key
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import signal
 import subprocess
@@ -20,8 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from left_behind import children as list_children
-from left_behind import descriptors, entries, failure
+from harmed import children as list_children
+from harmed import descriptors, entries, failure, hear, listen, say
 from proctree import CAPTURE, KillPolicy, Lines, Outcome, ProctreeError, Stage, durable, worker
 from proctree import loop as _loop
 from proctree.containment import warden
@@ -45,37 +43,6 @@ echo err >&2
 """Two of them at once are told by a lock that every member holds."""
 
 events: list[str] = []
-
-
-def _listen() -> None:
-    """To what proctree logs; structlog is not set up."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage()
-            if record.exc_info:
-                text += "\n" + logging.Formatter().formatException(record.exc_info)
-            events.append(text)
-
-    logger = logging.getLogger("proctree")
-    logger.addHandler(Handler())
-    logger.propagate = False
-
-
-def _say(message: dict[str, Any], fd: int = 1) -> None:
-    left = json.dumps(message).encode() + b"\n"
-    while left:
-        left = left[os.writev(fd, [left]) :]
-
-
-def _hear(fd: int = 0) -> dict[str, Any]:
-    line = b""
-    piece = bytearray(1)
-    while not line.endswith(b"\n"):
-        if os.readv(fd, [piece]) == 0:
-            raise SystemExit
-        line += piece
-    return json.loads(line)
 
 
 def _target(folder: str) -> list[str]:
@@ -139,12 +106,12 @@ DOINGS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 def serve() -> None:
     while True:
-        task = _hear()
+        task = hear()
         try:
             answer = DOINGS[task["do"]](task["folder"])
         except Exception as error:  # the test is to see it
             answer = {"wrong": [repr(error)]}
-        _say(answer)
+        say(answer)
 
 
 # -- the one whose calls fail
@@ -160,8 +127,8 @@ class Unharmed:
     def do(self, what: str, folder: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        _say({"do": what, "folder": folder}, self._process.stdin.fileno())
-        return _hear(self._process.stdout.fileno())
+        say({"do": what, "folder": folder}, self._process.stdin.fileno())
+        return hear(self._process.stdout.fileno())
 
 
 class Scenario:
@@ -202,7 +169,7 @@ class Scenario:
         contained._loop.post(lambda: contained._say(b"nonsense"))
         deadline = time.monotonic() + LEAVE_SECONDS
         while contained._control in (gone, None) and run.outcome is None:
-            time.sleep(0.001)
+            time.sleep(0.001)  # what has come back tells nobody
             assert time.monotonic() < deadline
         return self._kill(run)
 
@@ -259,7 +226,7 @@ def _workers() -> list[int]:
     threads = [each for each in threading.enumerate() if each.name == "proctree-callbacks"]
     deadline = time.monotonic() + LEAVE_SECONDS
     while len(worker._threads._idle) < len(threads) and time.monotonic() < deadline:
-        time.sleep(0.001)
+        time.sleep(0.001)  # a thread that rests tells nobody
     return [each.native_id for each in threads if each.native_id is not None]
 
 
@@ -271,28 +238,28 @@ def main() -> None:
     warden.COME_BACK_SECONDS = 1.0
     reconnecting.PATIENCE = 2.0
     reconnecting.ANSWER_SECONDS = 1.0
-    _listen()
+    listen(events)
     unharmed = Unharmed()
     before: dict[str, str] | None = None
     while True:
-        task = _hear()
+        task = hear()
         what, folder = task["do"], task["folder"]
         events.clear()
         said = unharmed.do(BEFORE[what], folder) if what in BEFORE else {}
         scenario = Scenario(folder)
         scenario.prepare(what)
         thread = _loop.get()._thread.native_id if _loop.exists() else None
-        _say({"loop": thread, "workers": _workers(), "unharmed": unharmed.pid, **said})
-        _hear()
+        say({"loop": thread, "workers": _workers(), "unharmed": unharmed.pid, **said})
+        hear()
         try:
             answer = scenario.run(what)
         except (OSError, RuntimeError, MemoryError, ProctreeError) as error:
             answer = {"error": failure(error)}
-        _say({**answer, **said})
-        _hear()
+        say({**answer, **said})
+        hear()
         if before is None:  # what is made once, with the first run, is not what is tested here
             before = descriptors()
-        _say({**check(before, folder, unharmed), "events": list(events)})
+        say({**check(before, folder, unharmed), "events": list(events)})
 
 
 if __name__ == "__main__":

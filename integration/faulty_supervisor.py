@@ -7,7 +7,6 @@ talking it does by readv(2) and writev(2), which are no part of what is tested.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -15,8 +14,8 @@ import time
 from typing import Any
 
 import proctree
-from left_behind import children as list_children
-from left_behind import descriptors, entries, failure
+from harmed import children as list_children
+from harmed import descriptors, entries, failure, hear, listen, say
 from proctree import KillPolicy, Stage, WatchedSubprocess
 from proctree.containment import group, warden
 
@@ -26,40 +25,6 @@ LEAVE_SECONDS = 15.0
 """How long something that is ending may take to be gone."""
 
 events: list[str] = []
-
-
-class _Events:
-    """What proctree logs; it goes to the standard library's logging as structlog is not set up."""
-
-    def __init__(self) -> None:
-        import logging
-
-        class Handler(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                text = record.getMessage()
-                if record.exc_info:
-                    text += "\n" + logging.Formatter().formatException(record.exc_info)
-                events.append(text)
-
-        logger = logging.getLogger("proctree")
-        logger.addHandler(Handler())
-        logger.propagate = False
-
-
-def _say(message: dict[str, Any]) -> None:
-    left = json.dumps(message).encode() + b"\n"
-    while left:
-        left = left[os.writev(1, [left]) :]
-
-
-def _hear() -> dict[str, Any]:
-    line = b""
-    piece = bytearray(1)
-    while not line.endswith(b"\n"):
-        if os.readv(0, [piece]) == 0:
-            raise SystemExit
-        line += piece
-    return json.loads(line)
 
 
 class Scenario:
@@ -176,7 +141,7 @@ def check(before: dict[str, str], leaf: str | None, *, known: bool) -> dict[str,
 def main() -> None:
     # Whatever strace traces ends like this, and there is no second to lose on each.
     warden.TRACER_PAUSE = group.TRACER_PAUSE_FIRST = 0.01
-    _Events()
+    listen(events)
     warm = "cold" not in sys.argv
     if warm:
         # What is imported and made once is not what is tested here.
@@ -188,7 +153,7 @@ def main() -> None:
 
     before = descriptors()
     while True:
-        task = _hear()
+        task = hear()
         os.environ.update(task["environment"])
         events.clear()
         scenario = Scenario()
@@ -196,22 +161,22 @@ def main() -> None:
         if task["do"] == "lost":
             scenario.start()
         if task["pause"]:
-            _say({"loop": _loop_thread()})
-            _hear()
+            say({"loop": _loop_thread()})
+            hear()
         try:
             answer = run_lost(scenario) if task["do"] == "lost" else run_tree(scenario)
         except (OSError, RuntimeError, MemoryError, proctree.ProctreeError) as error:
             answer = {"error": failure(error)}
         finally:
             scenario.close()
-        _say(answer)
-        _hear()
+        say(answer)
+        hear()
         for name in task["environment"]:
             del os.environ[name]
         outcome = answer.get("outcome", {})
         left = outcome.get("survivors") or "something may be left" in outcome.get("detail", "")
         leaf = scenario.leaf()
-        _say({**check(before, leaf, known=bool(left)), "leaf": leaf, "events": list(events)})
+        say({**check(before, leaf, known=bool(left)), "leaf": leaf, "events": list(events)})
 
 
 def _loop_thread() -> int | None:

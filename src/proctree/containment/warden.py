@@ -549,6 +549,8 @@ class WardenContained(Contained):
         Args:
             due: of `time.monotonic`; by then it has taken us back, or cannot be reached.
         """
+        if self._given_up:
+            return
         from proctree.containment.reaching import reach
         from proctree.worker import Worker
 
@@ -563,7 +565,7 @@ class WardenContained(Contained):
         Worker().post(work)
 
     def _back(self, found: Link | OSError, due: float) -> None:
-        if self._owner is NOBODY or self._lost or self._reaped:
+        if self._given_up:
             if not isinstance(found, OSError):
                 found.close()
         elif not isinstance(found, OSError):
@@ -572,13 +574,14 @@ class WardenContained(Contained):
             # Descriptors or memory may be short; or it does not listen yet, or not any more: behind
             # the record of its tree's end it lives on for a moment, and its pidfd, which is
             # watched, tells when it has gone.
-            self._loop.call_later(COME_BACK_PAUSE, lambda: self._try_again(due))
+            self._loop.call_later(COME_BACK_PAUSE, lambda: self._come_back(due))
         else:
             self._unreached(found)
 
-    def _try_again(self, due: float) -> None:
-        if self._owner is not NOBODY and not self._lost and not self._reaped:
-            self._come_back(due)
+    @property
+    def _given_up(self) -> bool:
+        """Nobody wants it back any more, or there is nothing to come back to."""
+        return self._owner is NOBODY or self._lost or self._reaped
 
     def _take_back(self, link: Link) -> None:
         fds.close(link.pidfd)

@@ -314,9 +314,12 @@ class Tender:
 
     def _see_it_recorded(self) -> None:
         """By its owner, or by us when that is not there any more."""
-        while boottime() < self._until() and not self._is_recorded():
-            if self._is_followed():
-                break
+        while boottime() < self._until():
+            attempts = self._attempts()
+            if self._is_recorded(attempts):
+                return
+            if attempts is not None and not self._is_last_of(attempts):
+                break  # whoever took it for lost has made another one
             if self._try_to_claim():
                 self._record()
                 return
@@ -324,22 +327,17 @@ class Tender:
         if self._live.contained.owns:
             self._unrecorded(LeaseLost("the lease was over before the end could be recorded"))
 
-    def _is_recorded(self) -> bool:
+    def _attempts(self) -> list[Attempt] | None:
+        """None when the database cannot be asked."""
         try:
-            attempts = self._sql.attempts(self._run.key)
+            return self._sql.attempts(self._run.key)
         except StoreUnusable as error:
             self._failed(error)
-            return False
-        attempt = attempt_of(attempts, self._run.tree_id)
-        return attempt is not None and attempt.exit is not None
+            return None
 
-    def _is_followed(self) -> bool:
-        """Whoever took it for lost has made another attempt."""
-        try:
-            return not self._is_last()
-        except StoreUnusable as error:
-            self._failed(error)
-            return False
+    def _is_recorded(self, attempts: list[Attempt] | None) -> bool:
+        attempt = attempt_of(attempts or (), self._run.tree_id)
+        return attempt is not None and attempt.exit is not None
 
     def _failed(self, error: StoreUnusable) -> None:
         events.warning("durable.not_renewed", key=self._run.key, error=str(error))
@@ -370,9 +368,10 @@ class Tender:
 
     def _is_last(self) -> bool:
         """Nobody has made another attempt."""
-        last = self._sql.attempts(self._run.key)[-1:]
-        request = last[0].request if last else None
-        return request is not None and request.tree_id == self._run.tree_id
+        return self._is_last_of(self._sql.attempts(self._run.key))
+
+    def _is_last_of(self, attempts: list[Attempt]) -> bool:
+        return attempt_of(attempts[-1:], self._run.tree_id) is not None
 
     # -- its end
 
@@ -395,7 +394,7 @@ class Tender:
         self._unrecorded(LeaseLost("the lease was over before the end could be recorded"))
 
     def _unrecorded(self, error: DurableError) -> None:
-        if self._is_recorded():
+        if self._is_recorded(self._attempts()):
             return  # by whoever has taken over
         events.error(
             "durable.unrecorded", key=self._run.key, tree_id=self._run.tree_id, error=str(error)
