@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from integration import crash_points
 from integration.crash_points import children, forked, settle, settled, traced, window
 from proctree import KillPolicy, Lines, Stage, durable
-from proctree.durable.recording import Cause, Exit, Request
+from proctree.durable.recording import Cause, Exit, Request, Unreadable
 
 KEY = "nightly / report"
 QUICK = KillPolicy((Stage(15, 0.05), Stage(9, 30.0)))
@@ -218,19 +218,21 @@ class Recorded(NamedTuple):
     exit: Exit | None
 
 
+def _exit_of(folder: Path) -> Exit | None:
+    """Its record counts from the last byte on: the warden may have been killed before the name."""
+    if (folder / "exit").exists():
+        return Exit.decode((folder / "exit").read_bytes())
+    with contextlib.suppress(FileNotFoundError, Unreadable):
+        return Exit.decode((folder / "exit~").read_bytes())
+    return None
+
+
 def recorded(store: str, pattern: str = "*/attempts") -> list[Recorded]:
     """All attempts below; with "attempts" of one key."""
     found = []
     for folder in Path(store).glob(f"{pattern}/[0-9]*"):
-        how = folder / "exit"
-        found.append(
-            Recorded(
-                folder,
-                int(folder.name),
-                Request.decode((folder / "request").read_bytes()),
-                Exit.decode(how.read_bytes()) if how.exists() else None,
-            )
-        )
+        request = Request.decode((folder / "request").read_bytes())
+        found.append(Recorded(folder, int(folder.name), request, _exit_of(folder)))
     return sorted(found, key=lambda attempt: attempt.number)
 
 
@@ -307,7 +309,8 @@ def check_files(at: Place, attempts: list[Recorded]) -> list[str]:
             except BlockingIOError:
                 wrong.append("the lock is held")
     for attempt in attempts:
-        may = _ATTEMPT | ({"exit"} if attempt.exit is not None else {"exit~", "control"})
+        named = (attempt.folder / "exit").exists()
+        may = _ATTEMPT | ({"exit"} if named else {"exit~", "control"})
         odd = set(os.listdir(attempt.folder)) - may
         wrong += [f"leftover {attempt.number}/{name}" for name in odd]
     with contextlib.suppress(FileNotFoundError):
