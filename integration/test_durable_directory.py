@@ -403,7 +403,11 @@ def test_a_record_that_never_got_its_name_counts(store):
             assert closing.claim.attempts() == [attempt]
         for data in (whole + bytes(4096 - len(whole)), whole):
             path.write_bytes(data)
+            assert store.attempts("k")[0].exit == Exit(9, duration=1.5)
+            assert path.exists(), "who only reads changes nothing"
             assert closing.claim.attempts()[0].exit == Exit(9, duration=1.5)
+            # Now it has its name, and no crash of the machine takes it away.
+            path.with_name("exit").rename(path)
 
 
 def test_what_was_begun_before_is_written_over(store):

@@ -333,6 +333,8 @@ class FileClaim(Claim):
         if not attempt.trouble:
             if attempt.handle is None:
                 self._set_handle_aside(attempt)
+            if attempt.exit is not None:
+                self._name_record(attempt)
             return attempt
         with step("make", self.place.unreadable):
             _make(self.place.unreadable)
@@ -343,6 +345,19 @@ class FileClaim(Claim):
             files.sync(self.place.attempts)
         self._warn(attempt.number, kept, attempt.trouble)
         return attempt._replace(place=kept)
+
+    def _name_record(self, attempt: Attempt) -> None:
+        """Its warden was killed between the last byte of the record and its name. Whoever is told
+        of that end must find it behind a crash of the machine too."""
+        if os.access(os.path.join(attempt.place, folders.EXIT), os.F_OK):
+            return
+        with step("sync", attempt.place), files.opened(attempt.place) as fd:
+            if files.give_name(fd, folders.EXIT):
+                self._sync_above()
+
+    def _sync_above(self) -> None:
+        for directory in (self.place.attempts, self.place.path, os.path.dirname(self.place.path)):
+            files.sync(directory)
 
     def _set_handle_aside(self, attempt: Attempt) -> None:
         with step("read", attempt.place), files.opened(attempt.place) as fd:
@@ -412,9 +427,7 @@ class FileClaim(Claim):
             if not sync:
                 return
             try:
-                store = os.path.dirname(self.place.path)
-                for directory in (self.place.attempts, self.place.path, store):
-                    files.sync(directory)
+                self._sync_above()
             except BaseException:
                 # It may be gone after a crash: then nobody may have seen it as begun.
                 os.rename(path, new)

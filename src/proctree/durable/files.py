@@ -118,6 +118,26 @@ def write(directory: int, name: str, data: bytes, *, sync: bool = True) -> None:
         sync_directory(directory)
 
 
+def give_name(directory: int, name: str) -> bool:
+    """Finishes what `write` had begun, with all that it would have written: puts it on the disk and
+    gives it its name, if it has none. Raises OSError.
+
+    Returns:
+        Whether it had none.
+    """
+    try:
+        fd = os.open(name + "~", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return False
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(name + "~", name, src_dir_fd=directory, dst_dir_fd=directory)
+    sync_directory(directory)
+    return True
+
+
 def make_room(directory: int, name: str, *, sync: bool = True) -> None:
     """Takes the room on the disk that a `write` of this name will need. Raises OSError."""
     fd = _create(name + "~", directory)
