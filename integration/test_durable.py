@@ -48,6 +48,7 @@ from proctree.durable import (
 from proctree.durable.cursor import stored
 from proctree.durable.recording import Cause
 from proctree.durable.running import Live
+from proctree.durable.sql import SqlStore
 from proctree.process import cgroups, proof
 
 PATIENT = KillPolicy((Stage(15, 600.0), Stage(9, 30.0)))
@@ -1051,6 +1052,7 @@ def test_a_warden_that_does_not_answer_is_named_and_nothing_started_beside_it(
     end(run)
 
 
+@pytest.mark.parametrize("kind", [FileStore, SqlStore])
 @pytest.mark.parametrize(("killed", "attempts"), [(2, 3), (9, 3)])
 def test_an_attempt_whose_warden_is_killed_before_it_has_begun_is_followed_by_another(
     store: FileStore,
@@ -1058,8 +1060,12 @@ def test_an_attempt_whose_warden_is_killed_before_it_has_begun_is_followed_by_an
     monkeypatch: pytest.MonkeyPatch,
     killed: int,
     attempts: int,
+    kind: type,
 ) -> None:
     """But not for ever."""
+    shared: FileStore | SqlStore = store
+    if kind is SqlStore:
+        shared = SqlStore(f"sqlite:///{tmp_path}/records", lease=600.0, local=store)
     folder = tmp_path / "bin"
     folder.mkdir()
     warden = folder / "warden"
@@ -1068,15 +1074,16 @@ def test_an_attempt_whose_warden_is_killed_before_it_has_begun_is_followed_by_an
     warden.chmod(0o755)
     monkeypatch.setenv(WARDEN_VARIABLE, str(warden))
     if killed < attempts:
-        outcome = durable.run("key", ["sh", "-c", "echo done"], store=store, logs=CAPTURE)
+        outcome = durable.run("key", ["sh", "-c", "echo done"], store=shared, logs=CAPTURE)
         assert (outcome.returncode, outcome.stdout) == (0, b"done\n")
     else:
         with pytest.raises(proctree.ContainmentUnavailable, match="the warden ended"):
-            durable.run("key", ["sh", "-c", "echo done"], store=store)
-    recorded = store.attempts("key")
-    assert len(recorded) == attempts
-    assert len({a.request.tree_id for a in recorded if a.request is not None}) == attempts
-    assert not store.claimed("key")
+            durable.run("key", ["sh", "-c", "echo done"], store=shared)
+    for each in {store, shared}:
+        recorded = each.attempts("key")
+        assert len(recorded) == attempts
+        assert len({a.request.tree_id for a in recorded if a.request is not None}) == attempts
+        assert not each.claimed("key")
 
 
 def test_standard_input_is_empty_or_what_was_given(store: FileStore, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ from proctree.durable.starting import clear_away, start
 from proctree.durable.store import Attempt, attempt_of
 from proctree.durable.table import Decision, Found
 from proctree.durable.wish import Wish
-from proctree.errors import ContainmentUnavailable
+from proctree.errors import ContainmentUnavailable, WardenLost
 from proctree.latch import Latch
 from proctree.outcome import Outcome
 from proctree.policy import KillPolicy
@@ -434,6 +434,7 @@ def begin(wish: Wish, sql: SqlStore) -> Run:
     check(wish, sql)
     local = _local(sql)
     patience = Patience(wish.key, local)
+    lost = 0
     while True:
         mine = local.claim(wish.key)
         if mine is None:
@@ -444,6 +445,12 @@ def begin(wish: Wish, sql: SqlStore) -> Run:
             continue
         try:
             here = _begin_here(mine, wish, sql, local)
+        except WardenLost:
+            lost += 1
+            if lost == runs.LOST_MAX:
+                raise
+            wish = wish.again()
+            continue
         finally:
             mine.release()
         run = here or _elsewhere(wish, sql)
