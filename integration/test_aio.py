@@ -193,7 +193,37 @@ def expect_end(seen: list[aio.Process]) -> None:
     assert all(proc.outcome is not None for proc in seen)
 
 
-MOST_AWAITS = 40
+class Awaits:
+    """The awaits of something, one after the other.
+
+    How many there are differs: nobody waits for a line that has come already. So the last one is
+    known by its being missed again and again.
+
+    Args:
+        fewest: up to which number it comes at least. Default: those of `whole_life`, which are
+            the beginning, two lines and the end; asyncio has a checkpoint more.
+
+    Attributes:
+        number: of the next one, from 1.
+    """
+
+    MOST, MISSES = 40, 5
+
+    def __init__(self, fewest: int = 4) -> None:
+        self.number = 1
+        self._fewest = fewest
+        self._missed = 0
+
+    def tried(self, *, reached: bool) -> None:
+        self.number += reached
+        self._missed = 0 if reached else self._missed + 1
+        assert self.number < self.MOST
+
+    def are_left(self) -> bool:
+        if self._missed < self.MISSES:
+            return True
+        assert self.number >= self._fewest
+        return False
 
 
 def test_an_anyio_scope_is_cancelled_at_each_await(run: Run) -> None:
@@ -206,11 +236,9 @@ def test_an_anyio_scope_is_cancelled_at_each_await(run: Run) -> None:
         return scope.cancelled_caught or awaits >= number
 
     async def main() -> None:
-        number = 1
-        while await cancelled_at(number):
-            number += 1
-        # Beginning, two lines, the end; asyncio has a checkpoint more.
-        assert 4 <= number < MOST_AWAITS
+        awaits = Awaits()
+        while awaits.are_left():
+            awaits.tried(reached=await cancelled_at(awaits.number))
 
     run(main)
 
@@ -238,10 +266,9 @@ def test_a_task_of_asyncio_is_cancelled_at_each_await(run: Run, times: int) -> N
         return task.cancelled() or awaits >= number
 
     async def main() -> None:
-        number = 1
-        while await cancelled_at(number):
-            number += 1
-        assert 4 <= number < MOST_AWAITS
+        awaits = Awaits()
+        while awaits.are_left():
+            awaits.tried(reached=await cancelled_at(awaits.number))
 
     run(main)
 
@@ -263,19 +290,17 @@ def test_ctrl_c_at_each_await(loop_name: str, times: int) -> None:
         _, awaits = await stepping(whole_life(seen), at, ctrl_c)
         kept.append(awaits)
 
-    number, done = 1, False
-    while not done:
+    awaits = Awaits()
+    while awaits.are_left():
         seen: list[aio.Process] = []
         kept.clear()
         interrupt = None
         try:
-            run_in(loop_name, main, number, seen)
+            run_in(loop_name, main, awaits.number, seen)
         except KeyboardInterrupt as error:
             interrupt = error
         expect_end(seen)
-        done = interrupt is None and kept[0] < number
-        number += 1
-    assert 4 <= number < MOST_AWAITS
+        awaits.tried(reached=interrupt is not None or kept[0] >= awaits.number)
 
 
 @pytest.mark.filterwarnings("error")
@@ -798,10 +823,9 @@ def test_a_group_is_cancelled_at_each_await(run: Run) -> None:
         return scope.cancelled_caught or awaits >= number
 
     async def main() -> None:
-        number = 1
-        while await cancelled_at(number):
-            number += 1
-        assert 3 <= number < MOST_AWAITS
+        awaits = Awaits(fewest=3)
+        while awaits.are_left():
+            awaits.tried(reached=await cancelled_at(awaits.number))
 
     run(main)
 
