@@ -23,6 +23,7 @@ SETTINGS = {
     "autovacuum": "off",  # its workers come and go, and would look like processes of a test
     "max_wal_senders": "0",
     "wal_level": "minimal",
+    "fsync": "off",  # it is the processes that crash here, and not the machine
 }
 
 

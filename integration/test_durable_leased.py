@@ -80,8 +80,8 @@ def supervise(here: Machine) -> Iterator[Start]:
     def start(command: list[str], lease: float = LONG) -> Supervisor:
         quick = [[15, 0.2], [9, 0.5]]
         supervisor = Supervisor(here.local, command, url=here.url, lease=lease, policy=quick)
-        made.append(supervisor.started())
-        supervisor.tell(SAY_THE_END)
+        made.append(supervisor)
+        supervisor.started().tell(SAY_THE_END)
         return supervisor
 
     yield start
