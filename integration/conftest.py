@@ -205,6 +205,33 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
+class Stopwatch:
+    """For the few tests of how long something takes: what the machine owes everybody meanwhile, as
+    beside somebody's fork bomb, does not count."""
+
+    _TICK = 0.01
+
+    def __init__(self) -> None:
+        self._late = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sleep, daemon=True)
+        self._began = time.monotonic()
+        self._thread.start()
+
+    def _sleep(self) -> None:
+        while not self._done.is_set():
+            began = time.monotonic()
+            self._done.wait(self._TICK)
+            self._late += max(0.0, time.monotonic() - began - self._TICK)
+
+    def stop(self) -> float:
+        """The seconds since it was made, without those by which a mere sleeper was late."""
+        took = time.monotonic() - self._began
+        self._done.set()
+        self._thread.join()
+        return took - self._late
+
+
 def in_thread(function: Callable[[], Any], name: str | None = None) -> queue.Queue[Any]:
     """Gets what it returns, or the exception that it raises, when it does."""
     results: queue.Queue[Any] = queue.Queue()

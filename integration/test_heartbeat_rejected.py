@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import proctree
-from integration.conftest import Lines, is_alive, living, outer_pid
+from integration.conftest import Lines, Stopwatch, is_alive, living, outer_pid
 from proctree import KillPolicy, Reason, Stage, WatchedSubprocess
 
 GRANDCHILD = """
@@ -105,10 +104,10 @@ def test_heartbeat_409(api: str, tmp_path: Path, containment: str, grace: float)
         assert handle.pid in pids
 
         code = beat_until_rejected(api)
-        began = time.monotonic()
+        watch = Stopwatch()
         handle.kill(reason=f"heartbeat answered {code}")
         outcome = handle.wait(timeout=60)
-        took = time.monotonic() - began
+        took = watch.stop()
     finally:
         os.close(stolen)
 
