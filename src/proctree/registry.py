@@ -42,6 +42,10 @@ class RegistryUnusable(ProctreeError):
     """The registry's directory is not ours alone, or cannot be made; the message says why."""
 
 
+class Unseen(ProctreeError):
+    """A tree lived where we cannot see whether anything of it is left; the message says where."""
+
+
 class Entry(NamedTuple):
     """What an entry says of its tree.
 
@@ -358,6 +362,15 @@ def end_unheld(
     return _sweep_tree(entry, file).survivors
 
 
+def _require_proc() -> None:
+    """Raises Unseen: there is none, or it is about others."""
+    try:
+        proof.check_proc()
+    except OSError as error:
+        proof.pass_shortage(error)
+        raise Unseen(f"{error.strerror}: mount one that shows ours") from None
+
+
 def _sweep_tree(entry: Entry, file: str | None) -> Swept:
     ended, survivors = _end(entry)
     if file is not None and not survivors:
@@ -388,6 +401,7 @@ def _sweep_entry(path: str) -> Swept | None:
         if entry.boot != boot:
             forget(path)  # nothing outlives a boot
             return None
+        _require_proc()
         swept = _sweep_tree(entry, path)
     return swept if swept.ended or swept.survivors else None
 
@@ -413,6 +427,7 @@ def sweep(directory: str | os.PathLike[str] | None = None) -> list[Swept]:
 
     Raises:
         RegistryUnusable: the directory is not ours alone.
+        Unseen: /proc is about others than those of our PID namespace.
     """
     path = os.fspath(directory) if directory is not None else default_directory()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -13,7 +14,7 @@ from proctree.errors import errno_name
 from proctree.lifecycle import Event
 from proctree.loop import Loop
 from proctree.policy import KillPolicy, Stage
-from proctree.process import fds
+from proctree.process import fds, proof
 from proctree.records import Reason, Usage
 
 if TYPE_CHECKING:
@@ -134,17 +135,13 @@ MEMBERS_REPORTED = 1024
 
 
 def proc_trouble() -> str | None:
-    """Why /proc cannot be used, or None.
-
-    In a PID namespace that did not get a /proc of its own, the numbers there are those of other
-    processes: whoever trusted them would signal strangers.
-    """
+    """Why /proc cannot be used, or None: see `proof.check_proc`."""
     try:
-        self_pid = os.readlink("/proc/self")
+        proof.check_proc()
     except OSError as error:
+        if error.errno == errno.ENXIO:
+            return error.strerror
         return f"/proc is not readable ({errno_name(error.errno or 0)})"
-    if self_pid != str(os.getpid()):
-        return "/proc belongs to another PID namespace"
     return None
 
 

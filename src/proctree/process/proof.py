@@ -61,6 +61,18 @@ def pass_shortage(error: OSError) -> None:
         raise error
 
 
+def check_proc() -> None:
+    """That /proc is about those whom our numbers name. In a PID namespace that did not get a /proc
+    of its own, or with one of another's, the numbers there are those of other processes: whoever
+    trusted them would signal strangers.
+
+    Raises:
+        OSError: ENXIO: it is not; or it cannot be read.
+    """
+    if os.readlink("/proc/self") != str(os.getpid()):
+        raise OSError(errno.ENXIO, "/proc belongs to another PID namespace")
+
+
 def read_stat(pid: int) -> Stat | None:
     """None when there is no such process (any more).
 

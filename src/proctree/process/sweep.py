@@ -11,6 +11,7 @@ what the warden is for.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -118,8 +119,10 @@ def find(search: Search) -> list[tuple[int, Stat]]:
     """The living members: a pidfd each, which the caller closes, and what they were seen as.
 
     Raises:
-        OSError: descriptors or memory are short, so that it cannot be said who is there.
+        OSError: descriptors or memory are short, or /proc is not about our numbers (ENXIO), so that
+            it cannot be said who is there.
     """
+    proof.check_proc()
     found: list[tuple[int, Stat]] = []
     try:
         _find(search, found)
@@ -244,14 +247,14 @@ def patiently(function: Callable[[], T]) -> T:
     """Calls it again as long as descriptors or memory are short.
 
     Raises:
-        OSError: they are after 5 s.
+        OSError: they are after 5 s, or it is something that does not pass.
     """
     deadline = time.monotonic() + SWEEP_SECONDS
     while True:
         try:
             return function()
-        except OSError:
-            if time.monotonic() >= deadline:
+        except OSError as error:
+            if error.errno == errno.ENXIO or time.monotonic() >= deadline:
                 raise
             time.sleep(AGAIN_SECONDS)
 

@@ -1,0 +1,258 @@
+"""Durable runs of which the tree is in one namespace and who comes for it in another: as on a host
+and in its containers, with one directory for the records."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from proctree import durable
+from proctree.process import proof
+
+PIDS = ("unshare", "--pid", "--fork", "--kill-child")
+OWN_PROC = (*PIDS, "--mount-proc")
+PROC_OF_OTHERS = (*PIDS, "--mount")
+OTHER_USERS = ("unshare", "--user", "--map-root-user")
+EARLIER = ("unshare", "--time", "--boottime", "-50")
+"""Where the same processes seem to have started earlier."""
+
+
+def require(*command: str) -> None:
+    done = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def namespaces() -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare")
+    require(*OWN_PROC)
+
+
+INIT = """
+import json, os, signal, sys, time
+from pathlib import Path
+import proctree, proctree.process.proof
+from proctree import Lines, durable
+from proctree.durable import StillRunning
+
+def say(value):
+    os.write(1, (json.dumps(value) + "\\n").encode())
+
+def refused(call):
+    try:
+        call()
+    except StillRunning as error:
+        say(str(error))
+
+def with_number(number, call):
+    "In a child that has it."
+    while True:
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
+        child = os.fork()
+        if child == 0:
+            if os.getpid() == number:
+                call()
+            os._exit(0)
+        os.waitpid(child, 0)
+        if child == number:
+            return
+
+say("ready")
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(json.loads(line), {**globals(), "store": sys.argv[1]})
+        except BaseException as error:
+            say(f"{type(error).__name__}: {error}")
+        os._exit(0)
+    while os.wait()[0] != child:
+        pass
+    say(None)
+"""
+"""For each piece of code a process of its own; it says when that has ended. The first process of a
+new PID namespace."""
+
+
+class Inside:
+    """Where `command` leads: there code is run, on the records in `store`."""
+
+    def __init__(self, store: Path, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [*command, sys.executable, "-c", INIT, str(store)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._hear() == "ready"
+
+    @property
+    def pid(self) -> int:
+        """Of its init."""
+        children: list[psutil.Process] = psutil.Process(self._process.pid).children()
+        return children[0].pid
+
+    def _hear(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def run(self, code: str) -> list[Any]:
+        """What the code says."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(code) + "\n")
+        self._process.stdin.flush()
+        said = []
+        while (value := self._hear()) is not None:
+            said.append(value)
+        return said
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@contextlib.contextmanager
+def inside(store: Path, command: Sequence[str] = OWN_PROC) -> Iterator[Inside]:
+    there = Inside(store, command)
+    try:
+        yield there
+    finally:
+        there.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def starting(command: list[str], name: str = "start", **options: Any) -> str:
+    given = "".join(f", {name}={value!r}" for name, value in options.items())
+    return f"durable.{name}('key', {command!r}, store=store{given})"
+
+
+def age(pid: int) -> float:
+    """Seconds, as it can be said right now."""
+    stat = proof.read_stat(pid)
+    assert stat is not None
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_time / ticks
+
+
+LOSE = """
+options = {{"lease": 60, "containment": {containment!r}}}
+run = durable.start("key", ["sh", "-c", {command!r}], store=store, **options)
+while not Path({there!r}).exists():
+    time.sleep(0.01)
+say(run.pid)
+os.kill(run._live.contained.root(), signal.SIGKILL)
+os._exit(0)
+"""
+
+
+STRANGER = """
+if os.fork() == 0:
+    def stay():
+        Path({there!r}).write_text("{number}")
+        signal.pause()
+    with_number({number}, stay)
+    os._exit(0)
+while not Path({there!r}).exists():
+    time.sleep(0.01)
+"""
+"""Somebody with this number, outside of every tree."""
+
+IN_SESSION = """
+def lead():
+    os.setsid()
+    if os.fork() == 0:
+        Path({there!r}).write_text(str(os.getpid()))
+        signal.pause()
+with_number({number}, lead)
+while not Path({there!r}).exists():
+    time.sleep(0.01)
+"""
+"""Somebody in the session of who had this number, and has ended."""
+
+ALIVE = "say(not proctree.process.proof.has_ended(os.pidfd_open({number})))"
+
+
+BARE = "env -i X=1 setpriv --pdeathsig clear"
+"""Without a mark, and it does not end with the warden."""
+
+
+class Lost:
+    """A tree that has lost its supervisor and its warden, but for a member that has left its
+    session; and for its main process where that is `BARE`."""
+
+    def __init__(self, folder: Path, containment: str = "warden", main: str = "") -> None:
+        self.containment = containment
+        self.pidfile, self.fifo = folder / "member", folder / "fifo"
+        member = f"setsid sh -c 'echo > {self.pidfile}; read x <&9'"
+        self.command = f"mkfifo {self.fifo}; exec 9<> {self.fifo}; {member} & exec {main} sleep 99"
+
+    @property
+    def target(self) -> list[str]:
+        return ["sh", "-c", self.command]
+
+    @property
+    def code(self) -> str:
+        return LOSE.format(
+            command=self.command, there=str(self.pidfile), containment=self.containment
+        )
+
+    def members(self) -> list[int]:
+        """As numbers of ours: who has its FIFO open."""
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError):
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    if os.readlink(f"/proc/{pid}/fd/{fd}") == str(self.fifo):
+                        found.append(pid)
+                        break
+        return found
+
+
+WITHOUT_CGROUPS = ("sh", "-c", 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"', "sh")
+
+
+def test_numbers_of_a_proc_that_is_not_ours_are_not_believed(store: Path, tmp_path: Path) -> None:
+    """In a PID namespace with the /proc of the one above it a number there names somebody else
+    here."""
+    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
+        pytest.skip("no ns_last_pid: the kernel has no CHECKPOINT_RESTORE")
+    lost = Lost(tmp_path)
+    own = """
+import ctypes
+CLONE_NEWNS = 0x20000
+assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+assert os.system("mount -t proc proc /proc") == 0
+"""
+    with inside(store, PROC_OF_OTHERS) as there:
+        there.run(own + lost.code)
+        (member, *_) = lost.members()
+        there.run(STRANGER.format(number=member, there=str(tmp_path / "stranger")))
+        (said,) = there.run("proctree.sweep()")
+        assert "/proc belongs to another PID namespace" in said
+        assert there.run(ALIVE.format(number=member)) == [True]
+        assert lost.members()
+        assert durable.start("key", ["true"], store=store, same_target=False).wait() is not None
+        assert lost.members() == []
+
+
+ELSEWHERE = 'mkdir "$2" && mount --bind "$1" "$2" && shift 2 && exec "$@"'
