@@ -17,7 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from proctree import durable
+from integration.conftest import DEADLINE, QUICK
+from integration.durable_runs import SLEEPER, Job, end
+from proctree import Lines, durable
 from proctree.process import proof
 
 PIDS = ("unshare", "--pid", "--fork", "--kill-child")
@@ -154,6 +156,66 @@ def age(pid: int) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_time / ticks
 
 
+def test_from_outside_it_is_reached_by_the_numbers_that_it_has_there(
+    store: Path, tmp_path: Path
+) -> None:
+    job = Job(tmp_path)
+    lines: list[str] = []
+    with inside(store) as there:
+        (inner,) = there.run(f"say({starting(job.command)}.pid)")
+        run = durable.start("key", job.command, store=store, logs=Lines(lines.append), timeout=3600)
+        assert run.reconnected
+        assert run.owned
+        assert run.pid is not None
+        assert run.pid != inner
+        assert psutil.Process(run.pid).cmdline() == job.command
+        assert run._live is not None
+        warden = run._live.contained.root()
+        assert warden is not None
+        # Its timeout counts from its own start, and not from that of whoever has its number here.
+        least, said, most = age(run.pid) - 0.02, run._live._age(), age(warden) + 0.02
+        assert least <= said <= most
+        assert run.pid in [process.pid for process in run.processes()]
+        job.let_go()
+        outcome = run.wait(DEADLINE)
+        assert outcome is not None
+        assert (outcome.reason, outcome.returncode, lines) == ("exited", 0, ["one", "two"])
+        # And what has ended is known in there.
+        said = there.run(
+            f"run = {starting(job.command)}; say([run.reconnected, run.outcome.reason])"
+        )
+        assert said == [[True, "exited"]]
+    assert job.ran == 1
+
+
+def test_from_outside_it_is_ended(store: Path) -> None:
+    with inside(store) as there:
+        there.run(starting(SLEEPER))
+        end(durable.start("key", SLEEPER, store=store))
+        there.run(starting(SLEEPER))
+        outcome = durable.cancel("key", store=store, timeout=DEADLINE)
+        assert outcome is not None
+        assert outcome.detail == "cancelled"
+
+
+def test_from_inside_it_is_told_that_it_cannot_be_reached(store: Path) -> None:
+    calls = [
+        starting(SLEEPER),
+        "durable.attach('key', store=store)",
+        "durable.cancel('key', store=store)",
+    ]
+    with durable.start("key", SLEEPER, store=store, kill=QUICK) as run, inside(store) as there:
+        for call in calls:
+            (said,) = there.run(f"refused(lambda: {call})")
+            assert "another PID namespace" in said
+        (said,) = there.run("refused(lambda: durable.forget('key', store=store))")
+        assert "cancel what runs" in said
+        assert there.run("say([k.claimed for k in durable.list(store)])") == [[True]]
+        assert there.run("say(len(proctree.sweep()))") == [0]
+        assert run.owned
+        assert run.outcome is None
+
+
 LOSE = """
 options = {{"lease": 60, "containment": {containment!r}}}
 run = durable.start("key", ["sh", "-c", {command!r}], store=store, **options)
@@ -255,4 +317,52 @@ assert os.system("mount -t proc proc /proc") == 0
         assert lost.members() == []
 
 
+def test_whoever_has_the_number_of_the_main_process_here_is_left_alone(
+    store: Path, tmp_path: Path
+) -> None:
+    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
+        pytest.skip("no ns_last_pid: the kernel has no CHECKPOINT_RESTORE")
+    with inside(store) as above:
+        with inside(store, ("nsenter", "-t", str(above.pid), "-p", "-m", *OWN_PROC)) as there:
+            code = "Path('/proc/sys/kernel/ns_last_pid').write_text('400')"
+            (number,) = there.run(f"{code}; say({starting(SLEEPER)}.pid)")
+            stranger = tmp_path / "stranger"
+            code = f"""
+run = {starting(SLEEPER)}
+say(run.owned)
+{IN_SESSION.format(number=number, there=str(stranger))}
+os.kill(run._live.contained.root(), signal.SIGKILL)
+say(run.wait().reason)
+"""
+            assert above.run(code) == [True, "warden-lost"]
+            assert above.run(ALIVE.format(number=stranger.read_text())) == [True]
+            # From above, what is left there is seen.
+            code = "durable.start('key', ['true'], store=store, same_target=False)"
+            assert above.run(f"run = {code}; run.wait(); say(run.number)") == [2]
+
+
 ELSEWHERE = 'mkdir "$2" && mount --bind "$1" "$2" && shift 2 && exec "$@"'
+
+
+def test_another_path_another_network_and_other_users_are_no_obstacle(
+    store: Path, tmp_path: Path
+) -> None:
+    command = ("unshare", "--net", "--mount", "--user", "--map-root-user")
+    require(*command)
+    job = Job(tmp_path)
+    other = tmp_path / "other"
+    with durable.start("key", job.command, store=store, kill=QUICK) as run:
+        run.detach()
+        assert run.wait(DEADLINE) is not None
+        move = ("sh", "-c", ELSEWHERE, "sh", str(store), str(other))
+        with inside(other, (*command, *move)) as there:
+            (said,) = there.run(
+                f"""
+lines = []
+run = {starting(job.command)[:-1]}, logs=Lines(lines.append))
+Path({str(job.gate)!r}).write_text("go\\n")
+outcome = run.wait()
+say([run.owned, run.pid, outcome.reason, lines])
+"""
+            )
+    assert said == [True, run.pid, "exited", ["one", "two"]]

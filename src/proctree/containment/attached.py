@@ -10,6 +10,7 @@ from proctree.containment.warden import WardenContained
 from proctree.policy import KillPolicy
 from proctree.process import cgroups
 from proctree.process.sweep import end_cgroup
+from proctree.protocol import Message
 from proctree.records import Member
 
 END_SECONDS = 2.0
@@ -41,6 +42,9 @@ class AttachedContained(WardenContained):
         self._control = self._link.control
         self._warden, self._pidfd = self._link.warden, self._link.pidfd
         self.owns = self._link.owned
+
+    def _main(self, message: Message) -> tuple[int | None, int]:
+        return self._link.main, self._link.main_start
 
     def give_back(self) -> bool:
         """Closes the connection if nothing was launched that could, and returns whether it did."""

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from proctree import protocol
 from proctree.containment.meeting import connect
 from proctree.errors import errno_name
-from proctree.process import fds
-from proctree.protocol import ProtocolError, Type
+from proctree.process import fds, pid_namespaces, proof
+from proctree.protocol import Message, ProtocolError, Type
 
 NOBODY_THERE = (
     ConnectionRefusedError,
@@ -38,6 +38,8 @@ class Link(NamedTuple):
     Attributes:
         control: the socket; non-blocking. STARTED, and EXITED if it has, come next.
         warden, pidfd: the warden.
+        main: the main process, with our number; None where that cannot be told any more.
+        main_start: its start time by our clock, in clock ticks, if `main` is known.
         owned: whether we are the owner now.
         ends: whether what its main process leaves behind is to be ended.
         ending: 0, or 1 + `recording.Cause` when the warden is ending the tree by itself.
@@ -46,6 +48,8 @@ class Link(NamedTuple):
     control: socket.socket
     warden: int
     pidfd: int
+    main: int | None
+    main_start: int
     owned: bool
     ends: bool
     ending: int
@@ -77,13 +81,14 @@ def reach(place: str, *, own: bool, timeout: float) -> Link:
         pidfd = _open(warden)
         control.send(protocol.encode_attach(own=own))
         flags, ending = _answer(control, deadline)
+        main, main_start = _main(control, warden, deadline)
     except BaseException:
         fds.close(control.detach())
         if pidfd >= 0:
             fds.close(pidfd)
         raise
     owned, ends = bool(flags & protocol.ATTACHED_OWNER), bool(flags & protocol.ATTACHED_ENDS)
-    return Link(control, warden, pidfd, owned, ends, ending)
+    return Link(control, warden, pidfd, main, main_start, owned, ends, ending)
 
 
 def _peer(control: socket.socket) -> int:
@@ -93,7 +98,11 @@ def _peer(control: socket.socket) -> int:
     if uid not in (os.geteuid(), 0):
         raise PermissionError(errno.EPERM, f"process {pid} of uid {uid} listens there, not ours")
     if pid <= 0:
-        raise OSError(errno.ESRCH, "its warden lives in another PID namespace")
+        raise OSError(
+            errno.ESRCH,
+            "its warden lives in another PID namespace, which cannot be seen from this one: reach "
+            "it from there, or from where that is seen (the host)",
+        )
     return int(pid)
 
 
@@ -108,23 +117,68 @@ def _open(warden: int) -> int:
         raise
 
 
-def _answer(control: socket.socket, deadline: float) -> tuple[int, int]:
+def _await(control: socket.socket, deadline: float, flags: int = 0) -> Message:
     poller = select.poll()
     poller.register(control, select.POLLIN)
     left = deadline - time.monotonic()
     if not poller.poll(max(0.0, left) * 1000):
         raise TimeoutError(errno.ETIMEDOUT, "the warden does not answer")
-    data = control.recv(protocol.MAX_MESSAGE)
+    data = control.recv(protocol.MAX_MESSAGE, flags)
     if not data:
         raise ConnectionResetError(errno.ECONNRESET, "the warden has just ended")
     try:
-        message = protocol.decode(data)
+        return protocol.decode(data)
     except ProtocolError as error:
         raise OSError(errno.EPROTO, f"the warden sent garbage: {error}") from None
+
+
+def _answer(control: socket.socket, deadline: float) -> tuple[int, int]:
+    message = _await(control, deadline)
     if message.type is Type.FAULT:
         number, _step = message.values
         raise OSError(number, f"the warden refused ({errno_name(number)})")
-    if message.type is not Type.ATTACHED:
-        raise OSError(errno.EPROTO, f"the warden sent {message.type.name} first")
+    _require(message, Type.ATTACHED)
     _owner, ending = message.values
     return message.flags, ending
+
+
+def _require(message: Message, wanted: Type) -> None:
+    if message.type is not wanted:
+        raise OSError(errno.EPROTO, f"the warden sent {message.type.name}, and not {wanted.name}")
+
+
+def _main(control: socket.socket, warden: int, deadline: float) -> tuple[int | None, int]:
+    """What STARTED, which stays to be read, says of the main process: by its warden's numbers and
+    its warden's clock, and in our namespaces that number may be another process's."""
+    message = _await(control, deadline, socket.MSG_PEEK)
+    _require(message, Type.STARTED)
+    number, _, start_time = message.values
+    try:
+        proof.check_proc()
+        stat = proof.read_stat(number)
+        if stat is not None and (stat.ppid, stat.start_time) == (warden, start_time):
+            return number, start_time
+        if all(_shares(warden, kind) for kind in ("pid", "time")):
+            return number, start_time
+        ours = pid_namespaces.to_ours(number, warden)
+        stat = None if ours is None else proof.read_stat(ours)
+    except OSError as error:
+        proof.pass_shortage(error)
+        return None, 0
+    # It is its warden's child until that has reaped it.
+    if stat is None or stat.ppid != warden:
+        return None, 0
+    return stat.pid, stat.start_time
+
+
+def _shares(warden: int, kind: str) -> bool:
+    """Whether it has our namespace of this kind. That of somebody in a user namespace above ours
+    may not be looked at (namespaces(7)), and then it is not known."""
+    own = f"/proc/self/ns/{kind}"
+    if not os.path.exists(own):
+        return True  # time: before Linux 5.6
+    try:
+        return os.path.samefile(own, f"/proc/{warden}/ns/{kind}")
+    except OSError as error:
+        proof.pass_shortage(error)
+        return False

@@ -436,9 +436,14 @@ class WardenContained(Contained):
     def _take_started(self, message: Message) -> None:
         if self._started:
             return  # we have come back, and were told before
-        self.pid, _, self._main_start = message.values
+        self.pid, self._main_start = self._main(message)
         self._started = True
         self._owner.happened(Event.STARTED)
+
+    def _main(self, message: Message) -> tuple[int | None, int]:
+        """The main process with our number, if it has one, and its start time by our clock."""
+        pid, _, start_time = message.values
+        return pid, start_time
 
     def _take_exec_failed(self, message: Message) -> None:
         number, step = message.values

@@ -258,9 +258,10 @@ class Live:
         self.tree.when_closed.append(timer.cancel)
 
     def _age(self) -> float:
-        """Seconds since the start of the main process, which may be before ours."""
-        pid = self.contained.pid
-        stat = None if pid is None else proof.read_stat(pid)
+        """Seconds since the start of the run, which may be before ours: of its warden, since the
+        main process may have been reaped, and its number be that of another one."""
+        warden = self.contained.root()
+        stat = None if warden is None else proof.read_stat(warden)
         if stat is None:
             return 0.0
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - stat.start_time / _TICKS)
