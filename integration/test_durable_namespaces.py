@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
-from integration.conftest import DEADLINE, QUICK
+from integration.conftest import DEADLINE, QUICK, available, eventually
 from integration.durable_runs import SLEEPER, Job, end
 from proctree import Lines, durable
-from proctree.process import proof
+from proctree.process import pid_namespaces, proof
 
 PIDS = ("unshare", "--pid", "--fork", "--kill-child")
 OWN_PROC = (*PIDS, "--mount-proc")
@@ -290,7 +291,53 @@ class Lost:
         return found
 
 
+def test_what_was_lost_where_nobody_sees_it_is_not_replaced(store: Path, tmp_path: Path) -> None:
+    lost = Lost(tmp_path, main=BARE)
+    with inside(store) as there:
+        there.run(lost.code)
+        assert len(lost.members()) == 2
+        with inside(store) as beside:
+            (said,) = beside.run(f"refused(lambda: {starting(lost.target)})")
+            assert re.search(r"attempt 1 has lost its warden.* PID namespace \d+.*forget", said)
+            assert len(lost.members()) == 2
+        # From where it is seen it is ended.
+        run = durable.start("key", ["true"], store=store, same_target=False)
+        assert lost.members() == []
+        assert run.number == 2
+        assert run.wait(DEADLINE) is not None
+
+
+def test_what_was_lost_with_its_namespace_is_replaced_where_that_is_seen(
+    store: Path, tmp_path: Path
+) -> None:
+    if not pid_namespaces.is_seen(-1):
+        pytest.skip("these tests run in a PID namespace themselves: others may be beside it")
+    lost = Lost(tmp_path)
+    with inside(store) as there:
+        there.run(lost.code)
+    eventually(lambda: not lost.members(), "it has ended with its namespace")
+    run = durable.start("key", ["true"], store=store, same_target=False)
+    assert run.number == 2
+    assert run.wait(DEADLINE) is not None
+
+
 WITHOUT_CGROUPS = ("sh", "-c", 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"', "sh")
+
+
+def test_what_was_lost_where_nobody_sees_it_is_ended_by_its_cgroup(
+    store: Path, tmp_path: Path
+) -> None:
+    lost = Lost(tmp_path, available("cgroup"))
+    with inside(store) as there:
+        there.run(lost.code)
+        assert lost.members()
+        code = "durable.start('key', ['true'], store=store, same_target=False)"
+        with inside(store, (*OWN_PROC, *WITHOUT_CGROUPS)) as beside:
+            (said,) = beside.run(f"refused(lambda: {code})")
+            assert "has lost its warden" in said
+        with inside(store) as beside:
+            assert beside.run(f"run = {code}; run.wait(); say(run.number)") == [2]
+            assert lost.members() == []
 
 
 def test_numbers_of_a_proc_that_is_not_ours_are_not_believed(store: Path, tmp_path: Path) -> None:

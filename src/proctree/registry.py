@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from proctree import events
 from proctree.errors import ProctreeError, errno_name, step
-from proctree.process import cgroups, fds, private, proof
+from proctree.process import cgroups, fds, pid_namespaces, private, proof
 from proctree.process import sweep as _sweep
 from proctree.process.private import NotPrivate
 from proctree.process.sweep import Search
@@ -307,16 +307,33 @@ def _same_process(process: tuple[int, int] | None) -> bool:
     return now is not None and now.start_time == process[1]
 
 
+def _main(entry: Entry) -> tuple[int, int] | None:
+    """Our number for it, and its start time, while it is certainly the same process."""
+    if entry.main is None:
+        return None
+    number, start_time = entry.main
+    if entry.pid_namespace != this_machine()[1]:
+        found = pid_namespaces.search(entry.pid_namespace, number)
+        if found is None:
+            return None
+        number = found
+    return (number, start_time) if _same_process((number, start_time)) else None
+
+
+def _oldest(entry: Entry) -> int:
+    """Nothing of the tree is older than its holder."""
+    return min((p[1] for p in (entry.main, entry.holder) if p is not None), default=0)
+
+
 def _search(entry: Entry) -> Search:
     """The main process is dead, as a rule, and its number may be somebody else's by now: it names a
-    session only while it is the same process. Nothing of the tree is older than its holder."""
-    oldest = min((p[1] for p in (entry.main, entry.holder) if p is not None), default=0)
-    alive = _same_process(entry.main)
+    session only while it is the same process."""
+    main = _main(entry)
     return Search(
         root=None,
         root_pidfd=-1,
-        main=entry.main[0] if entry.main is not None and alive else None,
-        main_start=entry.main[1] if entry.main is not None and alive else oldest,
+        main=None if main is None else main[0],
+        main_start=_oldest(entry) if main is None else main[1],
         tree_id=entry.tree_id,
     )
 
@@ -339,17 +356,26 @@ def _end(entry: Entry) -> tuple[tuple[Member, ...], tuple[Member, ...]]:
 
 
 def end_unheld(
-    *, boot: str, tree_id: str, name: str, containment: str, cgroup: str | None
+    *,
+    boot: str,
+    pid_namespace: int,
+    tree_id: str,
+    name: str,
+    containment: str,
+    cgroup: str | None,
 ) -> tuple[Member, ...]:
     """Ends what is left of one tree whose warden is known to be dead. Returns what survives that.
 
+    Args:
+        boot, pid_namespace, tree_id, name, containment, cgroup: as of an `Entry`.
+
     Raises:
+        Unseen: whether anything is left cannot be seen from here.
         OSError: descriptors or memory are short, so that it cannot be said who is there.
     """
-    here, namespace = this_machine()
-    if boot != here:
+    if boot != this_machine()[0]:
         return ()  # nothing outlives a boot
-    entry = Entry(boot, namespace, tree_id, name, containment, None, None, cgroup)
+    entry = Entry(boot, pid_namespace, tree_id, name, containment, None, None, cgroup)
     folder = directory()
     file = None if folder is None else path_of(folder, tree_id)
     if file is not None:
@@ -359,7 +385,18 @@ def end_unheld(
             open(file, encoding="ascii", errors="replace") as known,
         ):
             entry = parse(known.read())
+    if not _is_seen(pid_namespace):
+        _end_unseen(entry)
+        if file is not None:
+            forget(file)
+        return ()
     return _sweep_tree(entry, file).survivors
+
+
+def _is_seen(pid_namespace: int) -> bool:
+    """Raises Unseen: nothing can be seen."""
+    _require_proc()
+    return pid_namespaces.is_seen(pid_namespace)
 
 
 def _require_proc() -> None:
@@ -369,6 +406,22 @@ def _require_proc() -> None:
     except OSError as error:
         proof.pass_shortage(error)
         raise Unseen(f"{error.strerror}: mount one that shows ours") from None
+
+
+def _end_unseen(entry: Entry) -> None:
+    """By its cgroup, which is the same one for everybody who can reach it. That there is none where
+    it was says nothing: other things may be mounted here than there. Raises Unseen."""
+    leaf = cgroups.LEAF_PREFIX + entry.tree_id
+    path = entry.cgroup or ""
+    if (
+        os.path.basename(path) != leaf
+        or not os.path.isdir(path)
+        or not cgroups.end(path, CGROUP_SECONDS)
+    ):
+        raise Unseen(
+            f"it ran in PID namespace {entry.pid_namespace}, whose processes cannot be seen from "
+            f"here, in {this_machine()[1]} (ls -l /proc/self/ns/pid)"
+        )
 
 
 def _sweep_tree(entry: Entry, file: str | None) -> Swept:

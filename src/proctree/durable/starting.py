@@ -47,11 +47,20 @@ def clear_away(last: Attempt | None, key: str) -> None:
     the directory of its cgroup and its socket.
 
     Raises:
-        StillRunning: it cannot be ended.
+        StillRunning: it cannot be ended, or whether there is anything cannot be seen from here.
     """
     if last is None or (last.exit is not None and not _is_entered(last)):
         return
-    survivors = _end(last, key)
+    try:
+        survivors = _end(last, key)
+    except registry.Unseen as error:
+        if last.exit is not None:
+            return  # it was proved empty before that was recorded
+        raise StillRunning(
+            f"key {key!r}: attempt {last.number} has lost its warden, and may not have ended: "
+            f"{error}; nothing was started beside it. Run it again from where it ran, or from "
+            "where that is seen (the host); if that has ended, with its container, forget the key"
+        ) from error
     if survivors:
         who = "; ".join(f"pid {m.pid} ({m.name}): {m.why}" for m in survivors)
         raise StillRunning(
@@ -75,6 +84,7 @@ def _end(last: Attempt, key: str) -> list[Member]:
     return list(
         registry.end_unheld(
             boot=request.boot,
+            pid_namespace=request.pid_namespace,
             tree_id=request.tree_id,
             name=key,
             containment=request.containment,

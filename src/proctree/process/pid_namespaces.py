@@ -31,14 +31,47 @@ def _innermost(pid: int) -> int | None:
     return None
 
 
-def _search(inode: int, number: int) -> int | None:
+def _inside(inode: int) -> Iterator[int]:
+    """Those in this very namespace, as far as they can be seen from here."""
     for pid in _pids():
         try:
-            if os.stat(f"/proc/{pid}/ns/pid").st_ino == inode and _innermost(pid) == number:
+            if os.stat(f"/proc/{pid}/ns/pid").st_ino == inode:
+                yield pid
+        except OSError as error:
+            proof.pass_shortage(error)
+
+
+def search(inode: int, number: int) -> int | None:
+    """Our number for the process that is called `number` in this namespace; None when there is
+    none, or it cannot be seen from here.
+
+    Raises:
+        OSError: descriptors or memory are short, so that it cannot be said.
+    """
+    for pid in _inside(inode):
+        try:
+            if _innermost(pid) == number:
                 return pid
         except OSError as error:
             proof.pass_shortage(error)
     return None
+
+
+_INITIAL = 0xEFFFFFFC
+"""The inode of the first PID namespace of all (PROC_PID_INIT_INO of the kernel): everything is
+below it."""
+
+
+def is_seen(inode: int) -> bool:
+    """Whether whoever lives in this namespace is certainly to be seen from ours: it is ours, or one
+    below it. One that nobody lives in any more can be told from one beside ours by nothing, but
+    from the first namespace, where there is none beside it.
+
+    Raises:
+        OSError: as `search`.
+    """
+    own = os.stat("/proc/self/ns/pid").st_ino
+    return own in (inode, _INITIAL) or any(_inside(inode))
 
 
 def to_ours(number: int, teller: int) -> int | None:
@@ -59,6 +92,6 @@ def to_ours(number: int, teller: int) -> int | None:
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 return None
-        return _search(inode, number)
+        return search(inode, number)
     finally:
         os.close(fd)
