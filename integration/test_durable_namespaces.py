@@ -388,6 +388,18 @@ say(run.wait().reason)
             assert above.run(f"run = {code}; run.wait(); say(run.number)") == [2]
 
 
+def test_who_has_other_clocks_knows_what_was_lost(store: Path, tmp_path: Path) -> None:
+    require(*EARLIER)
+    lost = Lost(tmp_path)
+    with inside(store, ()) as here:
+        here.run(lost.code)
+        assert lost.members()
+    with inside(store, EARLIER) as there:
+        code = "durable.start('key', ['true'], store=store, same_target=False)"
+        assert there.run(f"say({code}.number)") == [2]
+        assert lost.members() == []
+
+
 ELSEWHERE = 'mkdir "$2" && mount --bind "$1" "$2" && shift 2 && exec "$@"'
 
 

@@ -56,6 +56,7 @@ class Entry(NamedTuple):
         holder: (pid, start time in clock ticks) of the process that holds the lock.
         main: the same of the main process; None as long as it had not started.
         cgroup: the directory of its cgroup, or None.
+        time_namespace: of the holder, whose clock the start times are of; 0: it is not known.
     """
 
     boot: str
@@ -66,6 +67,7 @@ class Entry(NamedTuple):
     holder: tuple[int, int] | None
     main: tuple[int, int] | None
     cgroup: str | None
+    time_namespace: int = 0
 
 
 class Swept(NamedTuple):
@@ -155,6 +157,20 @@ def pid_namespace() -> int:
         return os.stat("/proc/self/ns/pid").st_ino
 
 
+def time_namespace(whose: str = "time") -> int:
+    """Which CLOCK_BOOTTIME we have; 0: it cannot be told. Field 22 of /proc/PID/stat is shifted by
+    the reader's offset: in another time namespace the same process has another start time
+    (time_namespaces(7)).
+
+    Args:
+        whose: the name below /proc/self/ns: "time", or "time_for_children" for those that we start.
+    """
+    try:
+        return os.stat(f"/proc/self/ns/{whose}").st_ino
+    except OSError:  # before Linux 5.6
+        return 0
+
+
 _here: dict[int, tuple[str, int]] = {}
 """By our pid, which a fork changes."""
 
@@ -175,6 +191,7 @@ def record(tree_id: str, name: str, containment: str, cgroup: str | None) -> str
         f"proctree {VERSION}",
         f"boot {boot}",
         f"pidns {namespace}",
+        f"timens {time_namespace('time_for_children')}",
         f"tree {tree_id}",
         f"containment {containment}",
         f"name {_escape(name[:NAME_LENGTH])}",
@@ -210,6 +227,7 @@ def parse(text: str) -> Entry:
             holder=_process(fields["warden"]) if "warden" in fields else None,
             main=_process(fields["main"]) if "main" in fields else None,
             cgroup=_unescape(fields["cgroup"]) if "cgroup" in fields else None,
+            time_namespace=int(fields.get("timens", 0)),
         )
     except KeyError as error:
         raise ValueError(f"no line {error}") from None
@@ -309,7 +327,7 @@ def _same_process(process: tuple[int, int] | None) -> bool:
 
 def _main(entry: Entry) -> tuple[int, int] | None:
     """Our number for it, and its start time, while it is certainly the same process."""
-    if entry.main is None:
+    if entry.main is None or entry.time_namespace not in (0, time_namespace()):
         return None
     number, start_time = entry.main
     if entry.pid_namespace != this_machine()[1]:
@@ -321,7 +339,9 @@ def _main(entry: Entry) -> tuple[int, int] | None:
 
 
 def _oldest(entry: Entry) -> int:
-    """Nothing of the tree is older than its holder."""
+    """Nothing of the tree is older than its holder, as far as that can be said with our clock."""
+    if entry.time_namespace not in (0, time_namespace()):
+        return 0
     return min((p[1] for p in (entry.main, entry.holder) if p is not None), default=0)
 
 
