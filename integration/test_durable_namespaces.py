@@ -400,6 +400,21 @@ def test_who_has_other_clocks_knows_what_was_lost(store: Path, tmp_path: Path) -
         assert lost.members() == []
 
 
+def test_who_may_not_look_at_what_was_lost_does_not_replace_it(store: Path, tmp_path: Path) -> None:
+    require(*OTHER_USERS)
+    lost = Lost(tmp_path)
+    with inside(store, ()) as here:
+        here.run(lost.code)
+        assert lost.members()
+    with inside(store, OTHER_USERS) as there:
+        (said,) = there.run(f"refused(lambda: {starting(lost.target, containment='warden')})")
+        assert "user namespace" in said
+        assert lost.members()
+    run = durable.start("key", ["true"], store=store, same_target=False)
+    assert lost.members() == []
+    assert run.wait(DEADLINE) is not None
+
+
 ELSEWHERE = 'mkdir "$2" && mount --bind "$1" "$2" && shift 2 && exec "$@"'
 
 

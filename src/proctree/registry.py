@@ -157,6 +157,12 @@ def pid_namespace() -> int:
         return os.stat("/proc/self/ns/pid").st_ino
 
 
+def user_namespace() -> int:
+    """It decides whose environments we may read: user_namespaces(7), ptrace(2)."""
+    with step("user-namespace"):
+        return os.stat("/proc/self/ns/user").st_ino
+
+
 def time_namespace(whose: str = "time") -> int:
     """Which CLOCK_BOOTTIME we have; 0: it cannot be told. Field 22 of /proc/PID/stat is shifted by
     the reader's offset: in another time namespace the same process has another start time
@@ -379,6 +385,7 @@ def end_unheld(
     *,
     boot: str,
     pid_namespace: int,
+    started_by: int,
     tree_id: str,
     name: str,
     containment: str,
@@ -388,6 +395,7 @@ def end_unheld(
 
     Args:
         boot, pid_namespace, tree_id, name, containment, cgroup: as of an `Entry`.
+        started_by: the user namespace of who started it; 0: it is not known.
 
     Raises:
         Unseen: whether anything is left cannot be seen from here.
@@ -410,6 +418,7 @@ def end_unheld(
         if file is not None:
             forget(file)
         return ()
+    _require_readable(started_by)
     return _sweep_tree(entry, file).survivors
 
 
@@ -426,6 +435,19 @@ def _require_proc() -> None:
     except OSError as error:
         proof.pass_shortage(error)
         raise Unseen(f"{error.strerror}: mount one that shows ours") from None
+
+
+def _require_readable(namespace: int) -> None:
+    """That what was started in this user namespace has no environment that is closed to us: from
+    within another one those outside of it are (ptrace(2)). Raises Unseen."""
+    if namespace in (0, user_namespace()):
+        return
+    hidden = _sweep.unreadable()
+    if hidden:
+        raise Unseen(
+            f"it ran in user namespace {namespace}, and what runs as our user there may not "
+            f"be looked at from here, in {user_namespace()} (process {hidden[0]}, for one)"
+        )
 
 
 def _end_unseen(entry: Entry) -> None:

@@ -75,4 +75,5 @@ def new_request(
         requested=time.time_ns(),
         containment=containment,
         cgroup=cgroup,
+        user_namespace=registry.user_namespace(),
     )

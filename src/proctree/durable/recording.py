@@ -67,7 +67,7 @@ def decode(kind: str, data: bytes) -> dict[str, str]:
         raise Unreadable(f"not a record: {error}") from None
 
 
-_NUMBERS = frozenset({"pid_namespace", "supervisor", "requested"})
+_NUMBERS = frozenset({"pid_namespace", "supervisor", "requested", "user_namespace"})
 """The fields of a request that are numbers."""
 
 
@@ -87,6 +87,7 @@ class Request(NamedTuple):
         requested: when, nanoseconds since the epoch, for people.
         containment: the backend of a tree, or "".
         cgroup: the directory of its cgroup, or "".
+        user_namespace: of who wrote it; 0: it is not known.
     """
 
     key: str
@@ -101,6 +102,7 @@ class Request(NamedTuple):
     requested: int
     containment: str = ""
     cgroup: str = ""
+    user_namespace: int = 0
 
     def encode(self) -> bytes:
         return encode("request", self._asdict())
@@ -108,7 +110,7 @@ class Request(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> Request:
         """Raises Unreadable."""
-        fields = decode("request", data)
+        fields = {"user_namespace": "0", **decode("request", data)}
         try:
             values = {
                 name: int(fields[name]) if name in _NUMBERS else fields[name]

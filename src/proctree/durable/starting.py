@@ -85,6 +85,7 @@ def _end(last: Attempt, key: str) -> list[Member]:
         registry.end_unheld(
             boot=request.boot,
             pid_namespace=request.pid_namespace,
+            started_by=request.user_namespace,
             tree_id=request.tree_id,
             name=key,
             containment=request.containment,

@@ -159,6 +159,26 @@ def _find(search: Search, found: list[tuple[int, Stat]]) -> None:
         _find_children(search, found)
 
 
+def unreadable() -> list[int]:
+    """The processes of our user whose environment may not be read: those of a user namespace above
+    or beside ours.
+
+    Raises:
+        OSError: as `find`.
+    """
+    found = []
+    for pid in all_pids():
+        try:
+            if os.stat(f"/proc/{pid}").st_uid == os.geteuid():
+                with open(f"/proc/{pid}/environ", "rb"):
+                    pass
+        except PermissionError:
+            found.append(pid)
+        except OSError as error:
+            proof.pass_shortage(error)
+    return found
+
+
 WARDEN_NAME = "proctree-warden"
 """As the warden has it in /proc/PID/stat."""
 
