@@ -440,3 +440,12 @@ say([run.owned, run.pid, outcome.reason, lines])
 """
             )
     assert said == [True, run.pid, "exited", ["one", "two"]]
+
+
+def test_without_proc_that_is_what_is_said(store: Path) -> None:
+    command = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+    require(*command)
+    with durable.start("key", SLEEPER, store=store, kill=QUICK), inside(store, command) as there:
+        for call in ("attach", "cancel"):
+            (said,) = there.run(f"refused(lambda: durable.{call}('key', store=store))")
+            assert "mount /proc" in said

@@ -46,6 +46,12 @@ def bind(directory: int) -> socket.socket:
     return sock
 
 
+def _require_proc() -> None:
+    """Without /proc nothing is found there, whatever there is."""
+    if not os.path.exists("/proc/self/fd"):
+        raise OSError(errno.ENXIO, "its socket is reached through /proc/self/fd: mount /proc")
+
+
 def connect(place: str, patience: float) -> socket.socket:
     """A connection to the warden of an attempt.
 
@@ -72,6 +78,9 @@ def connect(place: str, patience: float) -> socket.socket:
                 try:
                     sock.connect(_address(directory))
                     return sock
+                except FileNotFoundError:
+                    _require_proc()
+                    raise
                 except (BlockingIOError, InterruptedError):
                     if time.monotonic() >= due:
                         text = f"the warden did not accept the connection within {patience:g} s"
