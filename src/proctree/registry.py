@@ -42,8 +42,8 @@ class RegistryUnusable(ProctreeError):
     """The registry's directory is not ours alone, or cannot be made; the message says why."""
 
 
-class Unseen(ProctreeError):
-    """A tree lived where we cannot see whether anything of it is left; the message says where."""
+class Unseen(RegistryUnusable):
+    """Whether anything of a tree is left cannot be seen from here; the message says why."""
 
 
 class Entry(NamedTuple):
@@ -521,8 +521,8 @@ def sweep(directory: str | os.PathLike[str] | None = None) -> list[Swept]:
         The trees of which something was left, with what was ended (SIGKILL) and what could not be.
 
     Raises:
-        RegistryUnusable: the directory is not ours alone.
-        Unseen: /proc is about others than those of our PID namespace.
+        RegistryUnusable: the directory is not ours alone; or /proc is about others than those of
+            our PID namespace.
     """
     path = os.fspath(directory) if directory is not None else default_directory()
     try:

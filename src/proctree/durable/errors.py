@@ -24,8 +24,9 @@ class DifferentTarget(DurableError):
 
 
 class StillRunning(DurableError):
-    """Something of this key runs and cannot be reached, or cannot be ended: nothing is started
-    beside it. The message names the processes."""
+    """Something of this key runs and cannot be reached, or cannot be ended, or it cannot be seen
+    from here whether it does: nothing is started beside it. The message names the processes, or
+    where they are, and says what to do."""
 
 
 class NotRunning(DurableError):
