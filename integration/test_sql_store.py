@@ -537,6 +537,12 @@ def test_what_cannot_be_reached(tmp_path: Path) -> None:
         SqlStore(f"sqlite:///{tmp_path}/missing/x").keys()
 
 
+def test_sqlite_names_what_has_failed(tmp_path: Path) -> None:
+    Path(tmp_path, "records").write_bytes(b"not a database" * 400)
+    with pytest.raises(StoreUnusable, match=r"cannot create the tables: .* \(SQLITE_NOTADB\): "):
+        SqlStore(f"sqlite:///{tmp_path}/records").keys()
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [

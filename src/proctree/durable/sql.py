@@ -437,7 +437,11 @@ class SqlStore(Store):
     def _unusable(self, step: str, error: Exception) -> StoreUnusable:
         if isinstance(error, StoreUnusable):
             return error
-        cause = str(getattr(error, "orig", None) or error).strip()
+        orig = getattr(error, "orig", None)
+        cause = str(orig or error).strip() or repr(error)
+        # SQLite says "disk I/O error" of a dozen calls, and only by this name of which.
+        if code := getattr(orig, "sqlite_errorname", None):
+            cause += f" ({code})"
         what = "file and its directory can be written" if self._sqlite else "server can be reached"
         return StoreUnusable(
             f"store {self.name}: cannot {step}: {cause}: see that the {what}, and that the tables "
