@@ -23,11 +23,17 @@ from harmed import descriptors, entries, failure, hear, listen, say
 from proctree import CAPTURE, KillPolicy, Lines, Outcome, ProctreeError, Stage, durable, worker
 from proctree import loop as _loop
 from proctree.containment import warden
-from proctree.durable import FileStore, reconnecting
+from proctree.durable import FileStore, SqlStore, reconnecting, sql
+from proctree.durable.leased import LeasedRun
+from proctree.durable.sql import SqlClaim
 
 CONTAINMENT = sys.argv[1]
+DATABASE = sys.argv[2] == "database"
+LEASE = float(sys.argv[3])
+"""Seconds, of a database."""
 UNHARMED = sys.argv[-1] == "unharmed"
-POLICY = KillPolicy((Stage(15, 0.05), Stage(9, 2.0)))
+# With a lease it may take a quarter of that.
+POLICY = KillPolicy((Stage(15, 0.05), Stage(9, LEASE / 4 - 0.05 if DATABASE else 2.0)))
 KEY = "key"
 WORKERS = 3
 LEAVE_SECONDS = 15.0
@@ -49,24 +55,53 @@ def _target(folder: str) -> list[str]:
     return ["sh", "-c", TREE, "sh", folder]
 
 
-def _options(folder: str) -> dict[str, Any]:
-    return {"store": f"{folder}/store", "containment": CONTAINMENT, "kill": POLICY}
+def _store(folder: str, machine: str = "store") -> FileStore | SqlStore:
+    """Two machines are two directories here."""
+    local = FileStore(f"{folder}/{machine}")
+    if not DATABASE:
+        return local
+    return SqlStore(f"sqlite:///{folder}/records", lease=LEASE, local=local)
+
+
+def _options(folder: str, machine: str = "store") -> dict[str, Any]:
+    return {"store": _store(folder, machine), "containment": CONTAINMENT, "kill": POLICY}
 
 
 # -- the one that is not harmed
 
 
-def _leave(folder: str) -> dict[str, Any]:
-    """A tree that has come to its gate, and that nobody is attached to."""
+held: list[durable.Run] = []
+
+
+def _begin_held(folder: str) -> dict[str, Any]:
+    """A tree that has come to its gate."""
     os.mkfifo(f"{folder}/gate")
     there = threading.Semaphore(0)
     logs = Lines(lambda _line: there.release())
     run = durable.start(KEY, _target(folder), logs=logs, **_options(folder))
     for _ in ("out", "err"):
         assert there.acquire(timeout=LEAVE_SECONDS)
+    held.append(run)
+    return {"tree": run.tree_id}
+
+
+def _let_go(_folder: str) -> dict[str, Any]:
+    run = held.pop()
     run.detach()
     assert run.wait() is not None
-    return {"tree": run.tree_id}
+    return {}
+
+
+def _leave(folder: str) -> dict[str, Any]:
+    """A tree that has come to its gate, and that nobody is attached to."""
+    return {**_begin_held(folder), **_let_go(folder)}
+
+
+def _end(_folder: str) -> dict[str, Any]:
+    run = held.pop()
+    run.kill(reason="enough")
+    assert run.wait() is not None
+    return {}
 
 
 def _finish(folder: str) -> dict[str, Any]:
@@ -77,30 +112,71 @@ def _finish(folder: str) -> dict[str, Any]:
 def _settle(folder: str) -> dict[str, Any]:
     """What a fault has left is ended, and the next call works."""
     wrong = []
-    store = FileStore(f"{folder}/store")
+    store = _store(folder)
+    local = FileStore(f"{folder}/store")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{folder}/gate")
+    while held:
+        _let_go(folder)
     with contextlib.suppress(durable.UnknownKey):
         durable.cancel(KEY, store=store, timeout=LEAVE_SECONDS)
     deadline = time.monotonic() + LEAVE_SECONDS
-    while store.claimed(KEY) and time.monotonic() < deadline:
+    while local.claimed(KEY) and time.monotonic() < deadline:
         time.sleep(0.005)  # a lock tells nobody when it is free
-    if store.claimed(KEY):
+    following = None
+    if local.claimed(KEY):
         wrong.append("the lock is held")
     else:
         outcome = durable.run(KEY, _target(folder), logs=(CAPTURE, None), **_options(folder))
+        following = outcome.tree_id
         if not outcome.ok or outcome.stdout != b"out\n":
             wrong.append(f"the next call: {outcome!r}")
-        durable.forget(KEY, store=store)
-    if os.path.exists(f"{folder}/two"):
-        wrong.append("two trees of one key ran at once")
-    return {"wrong": wrong}
+        _forget(store)
+    return {"wrong": wrong + _two(folder), "following": following}
+
+
+def _settle_there(folder: str) -> dict[str, Any]:
+    """On another machine, which waits for the lease of what a fault has left, and cancels nothing:
+    who was harmed is not attached any more."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{folder}/gate")
+    while held:
+        _let_go(folder)
+    outcome = durable.run(KEY, _target(folder), **_options(folder, "there"))
+    wrong = [] if outcome.ok else [f"the next call there: {outcome!r}"]
+    # What has been ended by its lease may be just about to be gone.
+    local = FileStore(f"{folder}/store")
+    wrong += ["the lock is held"] if local.claimed(KEY) else []
+    _forget(_store(folder, "there"))
+    with contextlib.suppress(durable.UnknownKey):
+        local.forget(KEY)
+    return {"wrong": wrong + _two(folder), "following": outcome.tree_id}
+
+
+def _forget(store: FileStore | SqlStore) -> None:
+    """A key that could not be given back is free when its lease is over."""
+    deadline = time.monotonic() + (LEAVE_SECONDS if DATABASE else 0.0)
+    while True:
+        try:
+            return durable.forget(KEY, store=store)
+        except durable.StillRunning:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(LEASE / 10)
+
+
+def _two(folder: str) -> list[str]:
+    return ["two trees of one key ran at once"] if os.path.exists(f"{folder}/two") else []
 
 
 DOINGS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "hold": _begin_held,
+    "let_go": _let_go,
+    "end": _end,
     "leave": _leave,
     "finish": _finish,
     "settle": _settle,
+    "settle there": _settle_there,
 }
 
 
@@ -134,15 +210,18 @@ class Unharmed:
 class Scenario:
     """What is done with the key in a folder; everything else is prepared before."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, unharmed: Unharmed) -> None:
         self.folder = folder
+        self._unharmed = unharmed
         self.lines: list[str] = []
         self._run: durable.Run | None = None
         self.options = {"logs": (CAPTURE, Lines(self.lines.append)), **_options(folder)}
-        self.store = FileStore(self.options["store"])
+        self.store = self.options["store"]
 
     def prepare(self, what: str) -> None:
-        if what == "comeback":
+        if what == "keep":
+            os.mkfifo(f"{self.folder}/gate")
+        if what in ("comeback", "keep", "succeed", "watch"):
             self._run = durable.start(KEY, _target(self.folder), **self.options)
 
     def start(self) -> Outcome | None:
@@ -184,10 +263,51 @@ class Scenario:
     def cancel(self) -> Outcome | None:
         return durable.cancel(KEY, store=self.store, timeout=LEAVE_SECONDS)
 
+    def keep(self) -> Outcome | None:
+        """Its lease is renewed, and then it ends."""
+        run = self._leased()
+        claim = run._tender and run._tender._claim
+        assert isinstance(claim, SqlClaim)
+        renewed = threading.Event()
+        claim.when_renewed.append(lambda _left: renewed.set())
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while not renewed.wait(0.001) and run.outcome is None:
+            assert time.monotonic() < deadline
+        return self._open_gate(run)
+
+    def succeed(self) -> Outcome | None:
+        """Its owner goes, and we are the next one."""
+        run = self._leased()
+        self._unharmed.do("let_go", self.folder)
+        assert run._tender is not None
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while not run._tender._holds() and run.outcome is None:
+            time.sleep(0.001)  # a claim tells nobody
+            assert time.monotonic() < deadline
+        return self._open_gate(run)
+
+    def watch(self) -> Outcome | None:
+        """Its owner ends it, and records that."""
+        self._unharmed.do("end", self.folder)
+        return self._leased().wait()
+
+    def _leased(self) -> LeasedRun:
+        assert isinstance(self._run, LeasedRun)
+        return self._run
+
+    def _open_gate(self, run: LeasedRun) -> Outcome | None:
+        # For both: whether somebody reads it, or will, is not known.
+        gate = os.open(f"{self.folder}/gate", os.O_RDWR | os.O_NONBLOCK)
+        try:
+            return run.wait()
+        finally:
+            os.close(gate)
+
     def run(self, what: str) -> dict[str, Any]:
+        began = time.monotonic()
         outcome: Outcome | None = getattr(self, what)()
         fields = None if outcome is None else outcome.as_dict()
-        return {"outcome": fields, "lines": self.lines}
+        return {"outcome": fields, "lines": self.lines, "seconds": time.monotonic() - began}
 
 
 BEFORE = {
@@ -196,17 +316,23 @@ BEFORE = {
     "cancel": "leave",
     "comeback": "leave",
     "result": "finish",
+    "succeed": "hold",
+    "watch": "hold",
 }
+LEASED = {"lease": "proctree-lease", "tender": "proctree-tender"}
+"""The threads that hold a key of a database, by their names."""
 
 
-def check(before: dict[str, str], folder: str, unharmed: Unharmed) -> dict[str, Any]:
+def check(before: dict[str, str], folder: str, unharmed: Unharmed, settle: str) -> dict[str, Any]:
     """What was left behind, and what becomes of the key."""
-    wrong = unharmed.do("settle", folder)["wrong"]
+    settled = unharmed.do(settle, folder)
+    wrong = settled["wrong"]
     deadline = time.monotonic() + LEAVE_SECONDS
     while True:
         opened = [f"{fd} {name}" for fd, name in descriptors().items() if fd not in before]
         children, files = list_children([unharmed.pid]), entries()
-        if not (opened or children or files) or time.monotonic() > deadline:
+        threads = [name for name, numbers in _leased_threads().items() if numbers]
+        if not (opened or children or files or threads) or time.monotonic() > deadline:
             break
         time.sleep(0.005)  # the loop closes what is late, and tells nobody
     try:
@@ -214,7 +340,15 @@ def check(before: dict[str, str], folder: str, unharmed: Unharmed) -> dict[str, 
         wrong += [] if ours.ok else [f"our next call: {ours!r}"]
     except ProctreeError as error:
         wrong.append(f"our next call: {error!r}")
-    return {"wrong": wrong, "opened": opened, "children": children, "files": files}
+    left = {"opened": opened, "children": children, "files": files, "threads": threads}
+    return {"wrong": wrong, "following": settled.get("following"), **left}
+
+
+def _leased_threads() -> dict[str, list[int]]:
+    return {
+        which: [t.native_id for t in threading.enumerate() if t.name == name and t.native_id]
+        for which, name in LEASED.items()
+    }
 
 
 def _workers() -> list[int]:
@@ -238,7 +372,9 @@ def main() -> None:
     warden.COME_BACK_SECONDS = 1.0
     reconnecting.PATIENCE = 2.0
     reconnecting.ANSWER_SECONDS = 1.0
+    sql.BUSY_SECONDS = sql.CONFLICT_SECONDS = 1.0
     listen(events)
+    threading.excepthook = lambda died: events.append(f"defect: {died.thread} died: {died}")
     unharmed = Unharmed()
     before: dict[str, str] | None = None
     while True:
@@ -246,10 +382,11 @@ def main() -> None:
         what, folder = task["do"], task["folder"]
         events.clear()
         said = unharmed.do(BEFORE[what], folder) if what in BEFORE else {}
-        scenario = Scenario(folder)
+        scenario = Scenario(folder, unharmed)
         scenario.prepare(what)
         thread = _loop.get()._thread.native_id if _loop.exists() else None
-        say({"loop": thread, "workers": _workers(), "unharmed": unharmed.pid, **said})
+        threads = {"loop": [thread], "workers": _workers(), **_leased_threads()}
+        say({"threads": threads, "unharmed": unharmed.pid, **said})
         hear()
         try:
             answer = scenario.run(what)
@@ -259,7 +396,7 @@ def main() -> None:
         hear()
         if before is None:  # what is made once, with the first run, is not what is tested here
             before = descriptors()
-        say({**check(before, folder, unharmed), "events": list(events)})
+        say({**check(before, folder, unharmed, task["settle"]), "events": list(events)})
 
 
 if __name__ == "__main__":

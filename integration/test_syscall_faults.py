@@ -275,7 +275,10 @@ class Agent:
         """The number here of a process that has the number `inner` in the namespace."""
         found = set()
         for process in psutil.Process(self._init.pid).children(recursive=True):
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # a warden that has just gone
             numbers = next(line for line in status.splitlines() if line.startswith("NSpid:"))
             if int(numbers.split()[-1]) == inner:
                 found.add(process.pid)
