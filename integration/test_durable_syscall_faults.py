@@ -142,8 +142,10 @@ PLACES += [
 ]
 
 SAMPLES = {
-    Place("start", "main", "database"): "fdatasync=EIO@2,fcntl=EAGAIN@3,pwrite64=ENOSPC@9",
-    Place("succeed", "tender", "database"): "fcntl=ENOLCK@1",
+    Place(
+        "start", "main", "database"
+    ): "newfstatat=ENOMEM@1,fdatasync=EIO@2,fcntl=EAGAIN@3,pwrite64=ENOSPC@9",
+    Place("succeed", "tender", "database"): "openat=EMFILE@1,fcntl=ENOLCK@1",
 }
 """What is tried of databases without PROCTREE_FAULTS: each fault waits for several transactions."""
 

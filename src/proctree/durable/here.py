@@ -24,6 +24,7 @@ class Here(NamedTuple):
 
     @classmethod
     def now(cls) -> Here:
+        """Raises OSError: descriptors or memory are short."""
         stat = proof.read_stat(os.getpid())
         boot, pid_namespace = registry.this_machine()
         return cls(
@@ -43,11 +44,14 @@ def clock(namespace: str = "self/ns/time") -> int:
 
     Args:
         namespace: a path below /proc.
+
+    Raises:
+        OSError: memory is short, so that it cannot be said.
     """
     try:
         return os.stat(f"/proc/{namespace}").st_ino
-    except OSError:  # before Linux 5.6, or it has just ended
-        return 0
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0  # before Linux 5.6; or it has just ended, or is hidden from us
 
 
 def new_request(

@@ -53,7 +53,7 @@ from proctree.durable.starting import clear_away, start
 from proctree.durable.store import Attempt, attempt_of
 from proctree.durable.table import Decision, Found
 from proctree.durable.wish import Wish
-from proctree.errors import ContainmentUnavailable, WardenLost
+from proctree.errors import ContainmentUnavailable, WardenLost, step
 from proctree.latch import Latch
 from proctree.outcome import Outcome
 from proctree.policy import KillPolicy
@@ -80,7 +80,9 @@ def _local(sql: SqlStore) -> FileStore:
 def check(wish: Wish, sql: SqlStore) -> None:
     """Raises ValueError: it cannot be had with this store's lease; ContainmentUnavailable: our
     children have another clock than we have."""
-    if clock() != clock("self/ns/time_for_children"):
+    with step("time namespace"):
+        ours, theirs = clock(), clock("self/ns/time_for_children")
+    if ours != theirs:
         raise ContainmentUnavailable(
             "this process has left its time namespace for its children (unshare(CLONE_NEWTIME)): "
             "by their clock nobody here can say until when a tree may run; start it from a child"
@@ -485,7 +487,9 @@ def _require_same_clock(run: LeasedRun) -> None:
     """Until when it may run is said to the warden by its clock. Raises StillRunning."""
     live = run._live
     warden = None if live is None else live.contained.root()
-    if warden is not None and clock(f"{warden}/ns/time") not in (0, clock()):
+    with step("time namespace"):
+        other = warden is not None and clock(f"{warden}/ns/time") not in (0, clock())
+    if other:
         raise StillRunning(
             f"key {run.key!r}: it runs in another time namespace (its warden is process {warden}): "
             "only from there its lease can be renewed; nothing was started beside it"

@@ -31,6 +31,7 @@ from proctree.durable.here import Here
 from proctree.durable.keys import check_key
 from proctree.durable.recording import Exit, Request, Unreadable, escape, unescape
 from proctree.durable.store import Attempt, Claim, Store
+from proctree.errors import errno_name
 from proctree.process import proof
 
 if TYPE_CHECKING:
@@ -132,11 +133,11 @@ def _identifier(key: str) -> str:
 
 def _holder_is_dead(row: Any) -> bool:
     """Whether the process that holds it has certainly ended: only what ran here can be told."""
-    here = Here.now()
     there = (row.boot, row.pid_namespace, row.time_namespace)
-    if there != (here.boot, here.pid_namespace, here.time_namespace):
-        return False
     try:
+        here = Here.now()
+        if there != (here.boot, here.pid_namespace, here.time_namespace):
+            return False
         stat = proof.read_stat(row.holder)
         if stat is not None:
             return stat.dead or stat.start_time != row.holder_start
@@ -220,7 +221,7 @@ class SqlStore(Store):
             TypeError, ValueError: it is not a key.
             StoreUnusable: the database cannot be used.
         """
-        run, here, token = _identifier(key), Here.now(), 0
+        run, here, token = _identifier(key), self._here(), 0
         self._make_tables()
         sent = boottime()
         row = self._read_run(run)
@@ -237,6 +238,16 @@ class SqlStore(Store):
         except RuntimeError as error:
             # It is ours now, and is not renewed: free when the lease has run out.
             raise StoreUnusable(f"store {self.name}: no thread for the lease: {error}") from error
+
+    def _here(self) -> Here:
+        """Raises StoreUnusable."""
+        try:
+            return Here.now()
+        except OSError as error:
+            raise StoreUnusable(
+                f"store {self.name}: cannot tell who wants the key: {error.strerror} "
+                f"({errno_name(error.errno or 0)})"
+            ) from error
 
     def attempts(self, key: str) -> list[Attempt]:
         self._make_tables()
