@@ -274,6 +274,19 @@ def test_a_number_from_elsewhere_says_nothing(url: str, start: Start, column: st
     assert SqlStore(url).claim("k") is None
 
 
+def test_a_key_for_whose_lease_there_is_no_thread(url: str) -> None:
+    """It is given back, and not held for a lease that nobody renews."""
+    store = SqlStore(url, lease=LONG)
+    before = threading.stack_size(1 << 47)  # all that a process can address
+    try:
+        with pytest.raises(StoreUnusable, match=r"threads that renew the lease: .*\(EAGAIN\)"):
+            store.claim("key")
+    finally:
+        threading.stack_size(before)
+    with claimed(store, "key"):
+        pass
+
+
 # -- for how long
 
 

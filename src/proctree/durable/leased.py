@@ -256,11 +256,17 @@ class Tender:
         else has started is ours as soon as the tree is.
 
         Raises:
-            RuntimeError: there can be no thread for it.
+            OSError: there can be no thread for it.
         """
         if claim is not None:
             self._take(claim)
-        threading.Thread(target=self._work, name="proctree-tender", daemon=True).start()
+        thread = threading.Thread(target=self._work, name="proctree-tender", daemon=True)
+        with step("tender"):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # How `threading` says EAGAIN and ENOMEM of pthread_create(3).
+                raise OSError(errno.EAGAIN, str(error)) from None
 
     def _work(self) -> None:
         try:

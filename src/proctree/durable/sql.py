@@ -233,11 +233,17 @@ class SqlStore(Store):
         if not token:
             return None
         self._observed.pop(run, None)
+        claim = SqlClaim(self, key, token, sent)
         try:
-            return SqlClaim(self, key, token, sent)
+            claim.begin_renewing()
         except RuntimeError as error:
-            # It is ours now, and is not renewed: free when the lease has run out.
-            raise StoreUnusable(f"store {self.name}: no thread for the lease: {error}") from error
+            # Else it were ours, and free only when the lease has run out.
+            claim.release()
+            raise StoreUnusable(
+                f"store {self.name}: cannot start the threads that renew the lease: {error} "
+                "(EAGAIN): raise the limits on processes (RLIMIT_NPROC, getrlimit(2); pids.max)"
+            ) from error
+        return claim
 
     def _here(self) -> Here:
         """Raises StoreUnusable."""
@@ -572,12 +578,11 @@ class SqlClaim(Claim):
         # One that only looks at the clock: the other one may hang in the network for as long as
         # that likes to.
         self._sentinel = threading.Thread(target=self._watch, name="proctree-lease", daemon=True)
-        try:
-            self._renewer.start()
-            self._sentinel.start()
-        except RuntimeError:
-            self._closing.set()
-            raise
+
+    def begin_renewing(self) -> None:
+        """Raises RuntimeError: there can be no thread for it."""
+        self._renewer.start()
+        self._sentinel.start()
 
     @property
     def lost(self) -> bool:
@@ -640,7 +645,7 @@ class SqlClaim(Claim):
             return
         self._closing.set()
         for thread in (self._sentinel, self._renewer):
-            if thread is not threading.current_thread():
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(CLOSING_SECONDS)
         try:
             self._store._transact("give the key back", self._give_back)
