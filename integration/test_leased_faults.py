@@ -259,6 +259,27 @@ def test_who_cannot_read_the_records_does_not_stay_attached(
     assert second.wait(DEADLINE) is not None
 
 
+def test_a_database_that_fails_behind_a_renewal_is_no_defect(
+    faults: Faults, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fails is the look for a cancellation."""
+    run = durable.start("key", gate.command, store=faults.store(SHORT), kill=QUICK)
+    failed = threading.Event()
+
+    def fail_once(statement: str) -> None:
+        renews = threading.current_thread().name == "proctree-lease"
+        if renews and "FROM proctree_attempts" in statement and not failed.is_set():
+            failed.set()
+            down(statement)
+
+    faults.before = fail_once
+    assert failed.wait(DEADLINE)
+    gate.let_go()
+    assert run.wait(DEADLINE) is not None
+    assert "durable.not_renewed" in caplog.text
+    assert "durable.callback_failed" not in caplog.text
+
+
 def test_an_owner_whose_database_fails_while_it_takes_the_key_over_tries_again(
     here: Machine, faults: Faults, gate: Gate
 ) -> None:

@@ -295,7 +295,7 @@ class Tender:
 
     def _renewed(self, claim: SqlClaim) -> None:
         self._keep(claim)
-        last = self._sql.attempts(self._run.key)[-1:]
+        last = (self._attempts() or ())[-1:]
         if last and last[0].cancelled and not self._ended.is_set():
             self._live.contained.cancel()
 
