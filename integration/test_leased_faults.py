@@ -280,6 +280,21 @@ def test_a_database_that_fails_behind_a_renewal_is_no_defect(
     assert "durable.callback_failed" not in caplog.text
 
 
+def test_a_result_that_cannot_be_read_here_is_said_to_be_unrecorded(
+    faults: Faults, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = durable.start("key", gate.command, store=faults.store(), kill=QUICK)
+
+    def tear(statement: str) -> None:
+        if "FROM proctree_attempts" in statement:
+            Path(run.place, "exit").write_text("torn")
+
+    faults.before = tear
+    gate.let_go()
+    assert run.wait(DEADLINE) is not None
+    assert f"{run.place}: exit: cut off" in caplog.text
+
+
 def test_an_owner_whose_database_fails_while_it_takes_the_key_over_tries_again(
     here: Machine, faults: Faults, gate: Gate
 ) -> None:

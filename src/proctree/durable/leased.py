@@ -392,14 +392,20 @@ class Tender:
         assert claim is not None
         while not claim.lost and boottime() < self._until():
             try:
-                # If it is not known how it ended, that shows when the lease is over.
                 if record_end(claim, _local(self._sql), self._run.key):
                     claim.release()
+                else:  # if it is not known how it ended, that shows when the lease is over
+                    self._say_what_is_unreadable()
                 return
             except StoreUnusable as error:
                 self._failed(error)
                 time.sleep(min(_AGAIN_SECONDS, self._sql.lease / 10))
         self._unrecorded(LeaseLost("the lease was over before the end could be recorded"))
+
+    def _say_what_is_unreadable(self) -> None:
+        for attempt in _local(self._sql).attempts(self._run.key):
+            if attempt.place == self._run.place and attempt.trouble:
+                self._unrecorded(StoreUnusable(f"{attempt.place}: {attempt.trouble}"))
 
     def _unrecorded(self, error: DurableError) -> None:
         if self._is_recorded(self._attempts()):
