@@ -556,6 +556,29 @@ def test_sqlite_names_what_has_failed(tmp_path: Path) -> None:
         SqlStore(f"sqlite:///{tmp_path}/records").keys()
 
 
+SHORT_OF_MEMORY = """
+import sqlite3, sys
+from proctree.durable import StoreUnusable
+from proctree.durable.sql import SqlStore
+
+store, left = SqlStore(sys.argv[1]), sqlite3.connect(":memory:")
+store.keys()
+try:
+    for limit in range(1 << 20, 0, -4096):
+        left.execute(f"PRAGMA hard_heap_limit = {limit}")
+        store.keys()
+except StoreUnusable as error:
+    print(error)
+"""
+
+
+def test_who_is_short_of_memory_cannot_use_it(tmp_path: Path) -> None:
+    """Of that no driver makes an error of its own."""
+    script = [sys.executable, "-c", SHORT_OF_MEMORY, f"sqlite:///{tmp_path}/records"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert "cannot list the keys: MemoryError()" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [

@@ -432,6 +432,9 @@ class SqlStore(Store):
             except exc.SQLAlchemyError as error:
                 if not _is_conflict(error) or time.monotonic() >= deadline:
                     raise self._unusable(step, error) from error
+            except (OSError, MemoryError) as error:
+                # Not every driver makes one of its own of what its system calls say.
+                raise self._unusable(step, error) from error
             # Not both again at the same moment.
             time.sleep(random.uniform(0.001, 0.05))  # noqa: S311
 
