@@ -259,6 +259,23 @@ def test_who_cannot_read_the_records_does_not_stay_attached(
     assert second.wait(DEADLINE) is not None
 
 
+def test_what_has_ended_here_and_is_not_recorded_there_needs_no_cancellation(
+    here: Machine, faults: Faults, gate: Gate
+) -> None:
+    """Its holder lives, and cannot record it: that is not waited for."""
+    run = durable.start("key", gate.command, store=faults.store())
+    faults.before = down
+    gate.let_go()
+    waiting = in_thread(run.wait)
+    eventually(lambda: not here.local.claimed("key"), "it has ended")
+    cancelling = in_thread(lambda: durable.cancel("key", store=here.store()))
+    try:
+        assert cancelling.get(timeout=DEADLINE) is None
+    finally:
+        faults.before = lambda statement: None
+        assert waiting.get(timeout=DEADLINE).returncode == 0
+
+
 def test_a_database_that_fails_behind_a_renewal_is_no_defect(
     faults: Faults, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -660,6 +660,10 @@ def cancel(key: str, timeout: float | None, sql: SqlStore) -> Outcome | None:
     runs.require_tree(key, last)
     if last.exit is not None or last.request is None or not sql.claimed(key):
         return None
+    here = _here(local, key, last)
+    if here is not None and here.exit is not None:
+        _record_here(key, sql, local)  # if its holder, who may be busy with that, is dead
+        return None
     sql.ask_cancel(key, last.number)
     outcome = RunElsewhere(key, last, last.request, sql).wait(timeout)
     if outcome is None:
