@@ -367,7 +367,7 @@ def test_a_tree_whose_lease_nobody_would_renew_is_ended_at_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start)
-        with pytest.raises(RuntimeError, match="new thread"):
+        with pytest.raises(OSError, match="new thread"):
             durable.start("key", SLEEPER, store=here.store())
     assert not here.local.claimed("key")
     (attempt,) = there.store().attempts("key")
