@@ -392,7 +392,8 @@ class Tender:
         assert claim is not None
         while not claim.lost and boottime() < self._until():
             try:
-                if record_end(claim, _local(self._sql), self._run.key):
+                # What a disk could not give back once is looked at twice.
+                if any(record_end(claim, _local(self._sql), self._run.key) for _ in range(2)):
                     claim.release()
                 else:  # if it is not known how it ended, that shows when the lease is over
                     self._say_what_is_unreadable()
