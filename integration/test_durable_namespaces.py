@@ -298,7 +298,7 @@ def test_what_was_lost_where_nobody_sees_it_is_not_replaced(store: Path, tmp_pat
         assert len(lost.members()) == 2
         with inside(store) as beside:
             (said,) = beside.run(f"refused(lambda: {starting(lost.target)})")
-            assert re.search(r"attempt 1 has lost its warden.* PID namespace \d+.*forget", said)
+            assert re.search(r"attempt 1 has lost its warden.* PID namespace \d+.*output", said)
             assert len(lost.members()) == 2
         # From where it is seen it is ended.
         run = durable.start("key", ["true"], store=store, same_target=False)
@@ -319,6 +319,35 @@ def test_what_was_lost_with_its_namespace_is_replaced_where_that_is_seen(
     run = durable.start("key", ["true"], store=store, same_target=False)
     assert run.number == 2
     assert run.wait(DEADLINE) is not None
+
+
+def test_what_was_lost_with_its_container_is_replaced_in_the_next_one(
+    store: Path, tmp_path: Path
+) -> None:
+    """Which is beside it and cannot see it: but nobody has the output open any more."""
+    lost = Lost(tmp_path)
+    with inside(store) as there:
+        there.run(lost.code)
+        assert lost.members()
+    again = starting(["true"], same_target=False)
+    with inside(store) as beside:
+        assert beside.run(f"run = {again}; run.wait(); say(run.number)") == [2]
+
+
+def test_where_it_cannot_be_said_whether_the_output_is_open_nothing_is_replaced(
+    store: Path, tmp_path: Path
+) -> None:
+    lost = Lost(tmp_path)
+    with inside(store) as there:
+        there.run(lost.code)
+    (log,) = store.glob("*/attempts/1/err.log")
+    log.unlink()
+    again = starting(["true"], same_target=False)
+    with inside(store) as beside:
+        (said,) = beside.run(f"refused(lambda: {starting(lost.target)})")
+        assert "ENOENT keeps from us whether anybody can still write" in said
+        log.touch()
+        assert beside.run(f"run = {again}; run.wait(); say(run.number)") == [2]
 
 
 WITHOUT_CGROUPS = ("sh", "-c", 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"', "sh")

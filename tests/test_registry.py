@@ -61,7 +61,7 @@ def test_what_is_written_is_read(name, cgroup):
         holder=None,
         main=None,
         cgroup=cgroup,
-        time_namespace=registry.time_namespace(),
+        time_namespace=proof.time_namespace(),
     )
     entry = registry.parse(text + "warden 12 345\nmain 678 901\n")
     assert (entry.holder, entry.main) == ((12, 345), (678, 901))

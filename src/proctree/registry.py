@@ -16,7 +16,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from proctree import events
@@ -163,20 +163,6 @@ def user_namespace() -> int:
         return os.stat("/proc/self/ns/user").st_ino
 
 
-def time_namespace(whose: str = "time") -> int:
-    """Which CLOCK_BOOTTIME we have; 0: it cannot be told. Field 22 of /proc/PID/stat is shifted by
-    the reader's offset: in another time namespace the same process has another start time
-    (time_namespaces(7)).
-
-    Args:
-        whose: the name below /proc/self/ns: "time", or "time_for_children" for those that we start.
-    """
-    try:
-        return os.stat(f"/proc/self/ns/{whose}").st_ino
-    except OSError:  # before Linux 5.6
-        return 0
-
-
 _here: dict[int, tuple[str, int]] = {}
 """By our pid, which a fork changes."""
 
@@ -193,11 +179,13 @@ def this_machine() -> tuple[str, int]:
 def record(tree_id: str, name: str, containment: str, cgroup: str | None) -> str:
     """The first lines of an entry: what is known before there is a process."""
     boot, namespace = this_machine()
+    with step("time-namespace"):
+        clock = proof.time_namespace("self/ns/time_for_children")
     lines = [
         f"proctree {VERSION}",
         f"boot {boot}",
         f"pidns {namespace}",
-        f"timens {time_namespace('time_for_children')}",
+        f"timens {clock}",
         f"tree {tree_id}",
         f"containment {containment}",
         f"name {_escape(name[:NAME_LENGTH])}",
@@ -333,7 +321,7 @@ def _same_process(process: tuple[int, int] | None) -> bool:
 
 def _main(entry: Entry) -> tuple[int, int] | None:
     """Our number for it, and its start time, while it is certainly the same process."""
-    if entry.main is None or entry.time_namespace not in (0, time_namespace()):
+    if entry.main is None or entry.time_namespace not in (0, proof.time_namespace()):
         return None
     number, start_time = entry.main
     if entry.pid_namespace != this_machine()[1]:
@@ -346,7 +334,7 @@ def _main(entry: Entry) -> tuple[int, int] | None:
 
 def _oldest(entry: Entry) -> int:
     """Nothing of the tree is older than its holder, as far as that can be said with our clock."""
-    if entry.time_namespace not in (0, time_namespace()):
+    if entry.time_namespace not in (0, proof.time_namespace()):
         return 0
     return min((p[1] for p in (entry.main, entry.holder) if p is not None), default=0)
 
@@ -390,12 +378,15 @@ def end_unheld(
     name: str,
     containment: str,
     cgroup: str | None,
+    seems_empty: Callable[[], bool],
 ) -> tuple[Member, ...]:
     """Ends what is left of one tree whose warden is known to be dead. Returns what survives that.
 
     Args:
         boot, pid_namespace, tree_id, name, containment, cgroup: as of an `Entry`.
         started_by: the user namespace of who started it; 0: it is not known.
+        seems_empty: asked where its processes cannot be seen and its cgroup cannot be reached:
+            whether something else says that there are none.
 
     Raises:
         Unseen: whether anything is left cannot be seen from here.
@@ -414,7 +405,7 @@ def end_unheld(
         ):
             entry = parse(known.read())
     if not _is_seen(pid_namespace):
-        _end_unseen(entry)
+        _end_unseen(entry, seems_empty)
         if file is not None:
             forget(file)
         return ()
@@ -450,19 +441,18 @@ def _require_readable(namespace: int) -> None:
         )
 
 
-def _end_unseen(entry: Entry) -> None:
+def _end_unseen(entry: Entry, seems_empty: Callable[[], bool]) -> None:
     """By its cgroup, which is the same one for everybody who can reach it. That there is none where
     it was says nothing: other things may be mounted here than there. Raises Unseen."""
-    leaf = cgroups.LEAF_PREFIX + entry.tree_id
     path = entry.cgroup or ""
-    if (
-        os.path.basename(path) != leaf
-        or not os.path.isdir(path)
-        or not cgroups.end(path, CGROUP_SECONDS)
-    ):
+    named = os.path.basename(path) == cgroups.LEAF_PREFIX + entry.tree_id
+    if named and os.path.isdir(path) and cgroups.end(path, CGROUP_SECONDS):
+        return
+    if not seems_empty():
         raise Unseen(
             f"it ran in PID namespace {entry.pid_namespace}, whose processes cannot be seen from "
-            f"here, in {this_machine()[1]} (ls -l /proc/self/ns/pid)"
+            f"here, in {this_machine()[1]} (ls -l /proc/self/ns/pid), and somebody there still has "
+            "its output open"
         )
 
 

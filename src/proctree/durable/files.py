@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import signal
 from collections.abc import Iterator
 
 from proctree.durable.errors import StoreUnusable
 from proctree.durable.recording import Unreadable
 from proctree.errors import errno_name
-from proctree.process import private
+from proctree.process import fds, private
 from proctree.process.private import NotPrivate
 
 RECORD_MAX = 1 << 20
@@ -190,6 +192,30 @@ def _read(fd: int) -> bytes:
         if length > RECORD_MAX:
             raise Unreadable(f"longer than {RECORD_MAX} bytes")
     return b"".join(parts)
+
+
+def is_written(path: str) -> bool:
+    """Whether somebody on this machine has it open for writing, whatever namespace they live in: a
+    read lease is refused then (fcntl(2), Leases).
+
+    Raises:
+        OSError: EINVAL: this file system has no leases, or EACCES: it is not ours: it cannot be
+            said.
+    """
+    with fds.making():  # no fork of ours in between, in which the lease would live on
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(path, flags)
+        try:
+            # Whoever opens it in this moment has the holder of the lease told: by a signal that
+            # is ignored by default, and not by SIGIO, which kills.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+    return False
 
 
 def remove(path: str) -> None:

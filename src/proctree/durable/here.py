@@ -32,26 +32,9 @@ class Here(NamedTuple):
             holder_start=stat.start_time if stat is not None else 0,
             boot=boot,
             pid_namespace=pid_namespace,
-            time_namespace=clock(),
+            time_namespace=proof.time_namespace(),
             host=socket.gethostname(),
         )
-
-
-def clock(namespace: str = "self/ns/time") -> int:
-    """Which CLOCK_BOOTTIME a process has; 0: it cannot be told. Field 22 of /proc/PID/stat is
-    shifted by the reader's offset as well: in another time namespace the same process has another
-    start time (time_namespaces(7)).
-
-    Args:
-        namespace: a path below /proc.
-
-    Raises:
-        OSError: memory is short, so that it cannot be said.
-    """
-    try:
-        return os.stat(f"/proc/{namespace}").st_ino
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0  # before Linux 5.6; or it has just ended, or is hidden from us
 
 
 def new_request(

@@ -42,7 +42,6 @@ from proctree.durable.errors import (
     StoreUnusable,
     UnknownKey,
 )
-from proctree.durable.here import clock
 from proctree.durable.keys import check_key
 from proctree.durable.reconnecting import Patience, reconnect, recorded
 from proctree.durable.recording import Request
@@ -57,6 +56,7 @@ from proctree.errors import ContainmentUnavailable, WardenLost, step
 from proctree.latch import Latch
 from proctree.outcome import Outcome
 from proctree.policy import KillPolicy
+from proctree.process.proof import time_namespace
 from proctree.records import Reason
 
 LOOK_SECONDS = 5.0
@@ -81,7 +81,7 @@ def check(wish: Wish, sql: SqlStore) -> None:
     """Raises ValueError: it cannot be had with this store's lease; ContainmentUnavailable: our
     children have another clock than we have."""
     with step("time namespace"):
-        ours, theirs = clock(), clock("self/ns/time_for_children")
+        ours, theirs = time_namespace(), time_namespace("self/ns/time_for_children")
     if ours != theirs:
         raise ContainmentUnavailable(
             "this process has left its time namespace for its children (unshare(CLONE_NEWTIME)): "
@@ -501,8 +501,9 @@ def _require_same_clock(run: LeasedRun) -> None:
     live = run._live
     warden = None if live is None else live.contained.root()
     with step("time namespace"):
-        other = warden is not None and clock(f"{warden}/ns/time") not in (0, clock())
-    if other:
+        ours = time_namespace()
+        its = ours if warden is None else time_namespace(f"{warden}/ns/time")
+    if its not in (0, ours):
         raise StillRunning(
             f"key {run.key!r}: it runs in another time namespace (its warden is process {warden}): "
             "only from there its lease can be renewed; nothing was started beside it"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 
 from proctree import containment as _containment
@@ -28,6 +29,7 @@ from proctree.command import Command
 from proctree.containment.base import Keep, Wanted
 from proctree.containment.meeting import SOCKET_NAME
 from proctree.containment.warden import WardenContained
+from proctree.durable import files, folders
 from proctree.durable.directory import FileClaim, FileStore
 from proctree.durable.errors import StillRunning, StoreUnusable
 from proctree.durable.following import Followed
@@ -36,9 +38,13 @@ from proctree.durable.recording import Cause, Exit, Request
 from proctree.durable.running import Live, Run
 from proctree.durable.store import Attempt
 from proctree.durable.wish import DEFAULT_LEASE, Wish
-from proctree.errors import ProctreeError
+from proctree.errors import ProctreeError, errno_name
 from proctree.policy import KillPolicy, Leftovers
+from proctree.process import proof
 from proctree.records import Member, Reason
+
+SILENCE_SECONDS = 2.0
+"""For how long what may be dying may keep its output open."""
 
 
 def clear_away(last: Attempt | None, key: str) -> None:
@@ -59,7 +65,7 @@ def clear_away(last: Attempt | None, key: str) -> None:
         raise StillRunning(
             f"key {key!r}: attempt {last.number} has lost its warden, and may not have ended: "
             f"{error}; nothing was started beside it. Run it again from where it ran, or from "
-            "where that is seen (the host); if that has ended, with its container, forget the key"
+            "where that is seen (the host); if you know that it has ended, forget the key"
         ) from error
     if survivors:
         who = "; ".join(f"pid {m.pid} ({m.name}): {m.why}" for m in survivors)
@@ -90,8 +96,34 @@ def _end(last: Attempt, key: str) -> list[Member]:
             name=key,
             containment=request.containment,
             cgroup=request.cgroup or None,
+            seems_empty=lambda: _is_silent(last),
         )
     )
+
+
+def _is_silent(last: Attempt) -> bool:
+    """Whether nobody can write to its output any more, which its members inherit: as when the
+    container has gone that it ran in. They may just be dying with that.
+
+    Raises:
+        Unseen: it cannot be said.
+    """
+    due = time.monotonic() + SILENCE_SECONDS
+    logs = [os.path.join(last.place, name) for name in (folders.OUT, folders.ERR)]
+    while True:
+        try:
+            written = any(map(files.is_written, logs))
+        except OSError as error:
+            proof.pass_shortage(error)
+            raise registry.Unseen(
+                f"it ran in another PID namespace, and {errno_name(error.errno or 0)} keeps from "
+                f"us whether anybody can still write to {last.place}"
+            ) from error
+        if not written:
+            return True
+        if time.monotonic() >= due:
+            return False
+        time.sleep(0.01)
 
 
 # -- starting

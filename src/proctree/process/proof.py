@@ -73,6 +73,23 @@ def check_proc() -> None:
         raise OSError(errno.ENXIO, "/proc belongs to another PID namespace")
 
 
+def time_namespace(of: str = "self/ns/time") -> int:
+    """Which CLOCK_BOOTTIME a process has; 0: it cannot be told. Field 22 of /proc/PID/stat is
+    shifted by the reader's offset as well: in another time namespace the same process has another
+    start time (time_namespaces(7)).
+
+    Args:
+        of: a path below /proc; "self/ns/time_for_children" is of those that we start.
+
+    Raises:
+        OSError: memory is short, so that it cannot be said.
+    """
+    try:
+        return os.stat(f"/proc/{of}").st_ino
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0  # before Linux 5.6; or it has just ended, or is hidden from us
+
+
 def read_stat(pid: int) -> Stat | None:
     """None when there is no such process (any more).
 
