@@ -262,6 +262,20 @@ def test_its_number_belongs_to_another_process(url: str, start: Start) -> None:
         pass
 
 
+def test_who_did_not_know_when_it_had_started_may_live(url: str, start: Start) -> None:
+    """It had no /proc."""
+    holder = start("k")
+    assert holder.ask("claim") == "claimed"
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE proctree_runs SET holder_start = 0")
+    assert SqlStore(url).claim("k") is None
+    holder.kill()
+    holder.wait()
+    with claimed(SqlStore(url), "k"):
+        pass
+
+
 @pytest.mark.parametrize("column", ["boot", "pid_namespace", "time_namespace"])
 def test_a_number_from_elsewhere_says_nothing(url: str, start: Start, column: str) -> None:
     holder = start("k")

@@ -140,7 +140,8 @@ def _holder_is_dead(row: Any) -> bool:
             return False
         stat = proof.read_stat(row.holder)
         if stat is not None:
-            return stat.dead or stat.start_time != row.holder_start
+            # 0: it could not read its own, for want of a /proc.
+            return stat.dead or row.holder_start not in (0, stat.start_time)
         # With hidepid (proc(5)) those of others cannot be seen in /proc, but they are there.
         pidfd = proof.open_pidfd(row.holder)
     except OSError:
