@@ -43,11 +43,13 @@ class Closely:
             self._plain -= 1
             return False
         end = time.perf_counter() + SECONDS
-        while time.perf_counter() < end:
+        while True:  # once at least, however long we were kept from it
             self._advance()
             if asked.answer is not None:
                 self._failures = 0
                 return True
+            if time.perf_counter() >= end:
+                break
         self._failures = min(self._failures + 1, MOST_FAILURES)
         self._plain = 1 << self._failures
         return False
