@@ -13,7 +13,7 @@ import pytest
 from proctree.command import TREE_VARIABLE
 from proctree.process import sweep
 
-TREE_ID = "0123456789abcdef"
+TREE_ID = f"01234567{os.getpid():08x}"
 
 
 def test_a_parent_that_ends_between_the_list_and_its_turn(

@@ -24,7 +24,9 @@ from proctree.process import cgroups, proof
 from proctree.registry import RegistryUnusable
 
 DEADLINE = 30.0
-TREE = "00000000feedbeef"
+TREE = f"{os.getpid():08x}feedbeef"
+"""Others run these tests at the same time, and nobody may end what another one has started."""
+OTHER = f"ff{os.getpid():08x}"
 ODD = st.text(st.characters(exclude_characters="\0", exclude_categories=()), max_size=40)
 
 
@@ -352,11 +354,11 @@ def test_garbage_is_kept_and_reported_and_nobody_is_signalled(folder, caplog, ki
     """And what comes after it is swept."""
     file = folder / TREE
     garbage(file, kind)
-    (folder / "ff").write_text(text_of("ff"))
-    with member(TREE) as process, member("ff") as other:
+    (folder / OTHER).write_text(text_of(OTHER))
+    with member(TREE) as process, member(OTHER) as other:
         with caplog.at_level(logging.WARNING, "proctree"):
             (swept,) = proctree.sweep(folder)
-        assert swept.tree_id == "ff"
+        assert swept.tree_id == OTHER
         assert other.wait(DEADLINE) == -9
         assert process.poll() is None
     assert os.path.lexists(file)
