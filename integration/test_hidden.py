@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from integration.test_other_users import (
+    NOBODY,
     PACKAGES,
     as_nobody,
     copy_packages,
@@ -83,6 +84,9 @@ def test_a_set_uid_descendant(containment: str, hide: bool, what: str) -> None:
         open_to_all(folder)
         os.chmod(f"{fifo}.go", 0o666)
         program.chmod(0o4755)
+        runtime = folder / "runtime"
+        runtime.mkdir(0o700)
+        os.chown(runtime, NOBODY, NOBODY)
         mount = f'mount -t proc -o hidepid={2 if hide else 0} proc /proc && exec "$@"'
         # To files: the survivor holds a pipe open for as long as it lives.
         out, err = folder / "out", folder / "err"
@@ -91,7 +95,11 @@ def test_a_set_uid_descendant(containment: str, hide: bool, what: str) -> None:
                 ["unshare", "-m", "--propagation", "private", "sh", "-c", mount, "sh"]
                 + as_nobody([interpreter(), "-c", SUPERVISOR, str(program), str(fifo)])
                 + [containment, what],
-                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(folder / "site")},
+                env={
+                    "PATH": os.environ["PATH"],
+                    "PYTHONPATH": str(folder / "site"),
+                    "XDG_RUNTIME_DIR": str(runtime),
+                },
                 stdout=stdout,
                 stderr=stderr,
                 timeout=100,
