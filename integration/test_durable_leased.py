@@ -110,6 +110,20 @@ def test_what_has_finished_on_one_machine_is_not_started_on_another(
     assert not listed.claimed
 
 
+def test_output_that_may_be_here_and_cannot_be_told_is_said_to_be_missing(
+    here: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of the run is recorded in the database, whatever has become of its record here."""
+    command = ["echo", "one"]
+    assert durable.run("key", command, store=here.store(), logs=CAPTURE).stdout == b"one\n"
+    (attempt,) = here.local.attempts("key")
+    Path(attempt.place, "request").write_text("nothing of ours")
+    again = durable.run("key", command, store=here.store(), logs=CAPTURE)
+    assert (again.returncode, again.stdout) == (0, None)
+    said = [record.getMessage() for record in caplog.records]
+    assert [each for each in said if "durable.unreadable_output" in each and "request: " in each]
+
+
 def test_what_runs_on_another_machine_is_waited_for(
     here: Machine, there: Machine, job: Job
 ) -> None:

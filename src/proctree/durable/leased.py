@@ -547,8 +547,15 @@ def _last(claim: SqlClaim, wish: Wish, local: FileStore) -> tuple[Attempt | None
 
 
 def _with_place(attempt: Attempt, key: str, local: FileStore) -> Attempt:
-    here = _here(local, key, attempt)
-    return attempt._replace(place="" if here is None else here.place)
+    """With the directory of its output, if that is on this machine."""
+    attempts, request = local.attempts(key), attempt.request
+    here = None if request is None else attempt_of(attempts, request.tree_id)
+    if here is not None:
+        return attempt._replace(place=here.place)
+    for last in attempts[-1:]:
+        if last.request is None:  # it may be that one
+            events.warning("durable.unreadable_output", path=last.place, errno=last.trouble)
+    return attempt._replace(place="")
 
 
 def _ran_here(sql: SqlStore, local: FileStore, key: str) -> bool:
