@@ -6,6 +6,7 @@ depends on more (another boot, another clock) is in test_sql_store.py.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -21,10 +22,11 @@ from integration.conftest import DEADLINE, Lines, eventually, in_thread, is_aliv
 from integration.databases import Server, postgresql
 from integration.durable_runs import SAY_THE_END, SLEEPER, Job, Supervisor, disconnect
 from proctree import CAPTURE, KillPolicy, Reason, Stage, durable, registry
+from proctree.containment.warden import WARDEN_VARIABLE, warden_path
 from proctree.durable import DifferentTarget, FileStore, NotOwner, NotRunning, Run, UnknownKey
 from proctree.durable.leased import LeasedRun, RunElsewhere
 from proctree.durable.recording import Cause
-from proctree.durable.sql import SqlStore
+from proctree.durable.sql import SqlStore, boottime
 from proctree.process import proof
 
 LONG = 600.0
@@ -304,6 +306,33 @@ def test_what_was_let_go_of_lives_for_its_lease_and_not_longer(
     job.let_go()
     assert done.get(timeout=DEADLINE).returncode == 0
     assert job.ran == 1
+
+
+def test_who_is_too_late_to_start_something_starts_it_again_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its warden was told by when it may run, and the lease has been renewed since."""
+    held = tmp_path / "held"
+    held.touch()
+    late = tmp_path / "late-warden"
+    late.write_text(
+        f'#!/bin/sh\nwhile [ -e {held} ]; do sleep 0.01; done\nexec {warden_path()} "$@"\n'
+    )
+    late.chmod(0o755)
+    monkeypatch.setenv(WARDEN_VARIABLE, str(late))
+    store = SqlStore(f"sqlite:///{tmp_path}/records", lease=1.0, local=tmp_path / "here")
+    at_once = KillPolicy((Stage(9, 0.2),))
+    done = in_thread(lambda: durable.run("key", ["true"], store=store, kill=at_once))
+    eventually(lambda: bool(store.attempts("key")), "it is about to be started")
+    due = boottime() + store.lease
+    eventually(lambda: boottime() >= due, "nothing is left of that time")
+    held.unlink()
+    assert done.get(timeout=DEADLINE).ok
+    first, *_, last = store.attempts("key")
+    assert first.exit is not None
+    assert (first.exit.cause, first.exit.error) == (Cause.NOT_STARTED, errno.ETIMEDOUT)
+    assert last.exit is not None
+    assert last.exit.returncode == 0
 
 
 def test_what_cannot_be_started_is_recorded_and_the_key_is_free(

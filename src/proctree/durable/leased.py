@@ -475,6 +475,8 @@ def begin(wish: Wish, sql: SqlStore) -> Run:
         time.sleep(_pause(sql))
         # That may take longer than anybody here keeps the lock without a word.
         patience = Patience(wish.key, local)
+        # What we have begun and not started is recorded as this tree, which is found by its id.
+        wish = wish.again()
 
 
 def _tended(run: Run, sql: SqlStore) -> Run:
@@ -572,12 +574,13 @@ def _ran_here(sql: SqlStore, local: FileStore, key: str) -> bool:
 def _start(
     mine: FileClaim, claim: SqlClaim, stack: contextlib.ExitStack, wish: Wish, sql: SqlStore
 ) -> Run | None:
-    number = 0
+    number, expires = 0, math.inf
 
     def until(request: Request) -> float:
-        nonlocal number
+        nonlocal number, expires
         number = claim.begin(request).number
-        return claim.expires
+        expires = claim.expires
+        return expires
 
     try:
         run = start(mine, wish, _local(sql), until, LeasedRun)
@@ -586,9 +589,10 @@ def _start(
         if number and not _proved_ended(claim, sql, wish.key):
             stack.pop_all()
             claim.abandon()  # something of it may run, until the lease is over
-        late = boottime() >= claim.expires - wish.kill.duration
+        # By what the warden was told: it may have been renewed since.
+        late = boottime() >= expires - wish.kill.duration
         if late and isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
-            return None  # we were stopped for so long that the lease was over
+            return None  # we were stopped for so long that nothing of that was left
         raise
     stack.pop_all()
     run.number = number
