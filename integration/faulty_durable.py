@@ -36,6 +36,7 @@ UNHARMED = sys.argv[-1] == "unharmed"
 POLICY = KillPolicy((Stage(15, 0.05), Stage(9, LEASE / 4 - 0.05 if DATABASE else 2.0)))
 KEY = "key"
 WORKERS = 3
+COME_BACK_SECONDS = warden.COME_BACK_SECONDS
 LEAVE_SECONDS = 15.0
 """How long something that is ending may take to be gone."""
 
@@ -369,7 +370,6 @@ def main() -> None:
     warden.TRACER_PAUSE = 0.01
     # A lasting fault keeps a supervisor from ever reaching the warden.
     worker.IDLE_SECONDS = 600.0
-    warden.COME_BACK_SECONDS = 1.0
     reconnecting.PATIENCE = 2.0
     reconnecting.ANSWER_SECONDS = 1.0
     sql.BUSY_SECONDS = sql.CONFLICT_SECONDS = 1.0
@@ -380,6 +380,9 @@ def main() -> None:
     while True:
         task = hear()
         what, folder = task["do"], task["folder"]
+        # What fails for good keeps it from its warden for as long as that is waited for. Else a
+        # machine that has much to do may be late, all the more under strace.
+        warden.COME_BACK_SECONDS = 1.0 if task["lasting"] else COME_BACK_SECONDS
         events.clear()
         said = unharmed.do(BEFORE[what], folder) if what in BEFORE else {}
         scenario = Scenario(folder, unharmed)

@@ -193,7 +193,8 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             there = self._place.store == "database" and fault is not None and fault.nth % 2 == 0
             settle = "settle there" if there else "settle"
-            agent.tell({"do": what, "folder": folder, "settle": settle})
+            lasting = fault is not None and fault.onwards
+            agent.tell({"do": what, "folder": folder, "settle": settle, "lasting": lasting})
             told = agent.hear()
             agent.others = agent.numbers(told["unharmed"])
             if calls is None:
