@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import os
 import select
 import signal
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -584,6 +587,31 @@ try:
 except StoreUnusable as error:
     print(error)
 """
+
+
+class Descriptor:
+    """Something that a driver has opened."""
+
+
+def test_what_a_driver_has_opened_when_a_system_call_fails_is_closed_at_once(
+    tmp_path: Path,
+) -> None:
+    opened: list[weakref.ref[Descriptor]] = []
+
+    def connect() -> None:
+        ours = Descriptor()
+        opened.append(weakref.ref(ours))
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    store = SqlStore(sa.create_engine(f"sqlite:///{tmp_path}/records", creator=connect))
+    gc.disable()
+    try:
+        with pytest.raises(StoreUnusable, match="Too many open files"):
+            store.keys()
+        (ours,) = opened
+        assert ours() is None
+    finally:
+        gc.enable()
 
 
 def test_who_is_short_of_memory_cannot_use_it(tmp_path: Path) -> None:

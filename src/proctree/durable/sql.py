@@ -434,7 +434,10 @@ class SqlStore(Store):
                 if not _is_conflict(error) or time.monotonic() >= deadline:
                     raise self._unusable(step, error) from error
             except (OSError, MemoryError) as error:
-                # Not every driver makes one of its own of what its system calls say.
+                # Not every driver makes one of its own of what its system calls say. SQLAlchemy has
+                # a reference to it in a frame of its traceback: what the driver has opened would
+                # stay open until that cycle is collected, and descriptors may be what is short.
+                error.__traceback__ = None
                 raise self._unusable(step, error) from error
             # Not both again at the same moment.
             time.sleep(random.uniform(0.001, 0.05))  # noqa: S311
