@@ -8,6 +8,7 @@ import gc
 import os
 import select
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -593,21 +594,27 @@ class Descriptor:
     """Something that a driver has opened."""
 
 
-def test_what_a_driver_has_opened_when_a_system_call_fails_is_closed_at_once(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), sqlite3.OperationalError("not reached")],
+    ids=["system call", "driver"],
+)
+def test_what_a_driver_has_opened_when_it_fails_is_closed_at_once(
+    tmp_path: Path, failure: Exception
 ) -> None:
     opened: list[weakref.ref[Descriptor]] = []
 
     def connect() -> None:
         ours = Descriptor()
         opened.append(weakref.ref(ours))
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise failure
 
     store = SqlStore(sa.create_engine(f"sqlite:///{tmp_path}/records", creator=connect))
     gc.disable()
     try:
-        with pytest.raises(StoreUnusable, match="Too many open files"):
+        with pytest.raises(StoreUnusable, match=r"Too many open files|not reached") as raised:
             store.keys()
+        assert raised.value.__cause__ is not raised.value
         (ours,) = opened
         assert ours() is None
     finally:

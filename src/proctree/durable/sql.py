@@ -412,8 +412,11 @@ class SqlStore(Store):
             except (exc.IntegrityError, StoreUnusable) as error:
                 cause = error.__cause__ if isinstance(error, StoreUnusable) else error
                 raced = isinstance(cause, (exc.IntegrityError, exc.ProgrammingError))
-                if not raced or not left:
-                    raise self._unusable("create the tables", error) from error
+                if raced and left:
+                    continue
+                if isinstance(error, StoreUnusable):
+                    raise
+                raise self._unusable("create the tables", error) from error
         self._made = True
 
     def _transact(self, step: str, work: Callable[[sa.Connection], _T]) -> _T:
@@ -434,10 +437,7 @@ class SqlStore(Store):
                 if not _is_conflict(error) or time.monotonic() >= deadline:
                     raise self._unusable(step, error) from error
             except (OSError, MemoryError) as error:
-                # Not every driver makes one of its own of what its system calls say. SQLAlchemy has
-                # a reference to it in a frame of its traceback: what the driver has opened would
-                # stay open until that cycle is collected, and descriptors may be what is short.
-                error.__traceback__ = None
+                # Not every driver makes one of its own of what its system calls say.
                 raise self._unusable(step, error) from error
             # Not both again at the same moment.
             time.sleep(random.uniform(0.001, 0.05))  # noqa: S311
@@ -459,8 +459,7 @@ class SqlStore(Store):
             yield connection
 
     def _unusable(self, step: str, error: Exception) -> StoreUnusable:
-        if isinstance(error, StoreUnusable):
-            return error
+        _let_go_of_frames(error)
         orig = getattr(error, "orig", None)
         cause = str(orig or error).strip() or repr(error)
         # SQLite says "disk I/O error" of a dozen calls, and only by this name of which.
@@ -520,6 +519,14 @@ def _new_engine(url: str | sa.URL, lease: float) -> sa.Engine:
 def _public(url: sa.URL) -> str:
     hidden = {name: "***" for name in url.query if "pass" in name.lower()}
     return url.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def _let_go_of_frames(error: BaseException | None) -> None:
+    """SQLAlchemy has references to an error in frames of its traceback: what the driver had opened
+    would stay open until that cycle is collected, and descriptors may be what is short."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _is_conflict(error: Exception) -> bool:
