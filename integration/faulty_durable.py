@@ -28,9 +28,11 @@ from proctree.durable.leased import LeasedRun
 from proctree.durable.sql import SqlClaim
 
 CONTAINMENT = sys.argv[1]
-DATABASE = sys.argv[2] == "database"
+DATABASE = sys.argv[2] != "directory"
 LEASE = float(sys.argv[3])
 """Seconds, of a database."""
+urls: dict[str, str] = {}
+"""By the folder: of a database server. Without one the database is a file in the folder."""
 UNHARMED = sys.argv[-1] == "unharmed"
 # With a lease it may take a quarter of that.
 POLICY = KillPolicy((Stage(15, 0.05), Stage(9, LEASE / 4 - 0.05 if DATABASE else 2.0)))
@@ -61,7 +63,8 @@ def _store(folder: str, machine: str = "store") -> FileStore | SqlStore:
     local = FileStore(f"{folder}/{machine}")
     if not DATABASE:
         return local
-    return SqlStore(f"sqlite:///{folder}/records", lease=LEASE, local=local)
+    url = urls.get(folder) or f"sqlite:///{folder}/records"
+    return SqlStore(url, lease=LEASE, local=local)
 
 
 def _options(folder: str, machine: str = "store") -> dict[str, Any]:
@@ -184,6 +187,7 @@ DOINGS: dict[str, Callable[[str], dict[str, Any]]] = {
 def serve() -> None:
     while True:
         task = hear()
+        urls[task["folder"]] = task["url"]
         try:
             answer = DOINGS[task["do"]](task["folder"])
         except Exception as error:  # the test is to see it
@@ -204,7 +208,8 @@ class Unharmed:
     def do(self, what: str, folder: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        say({"do": what, "folder": folder}, self._process.stdin.fileno())
+        task = {"do": what, "folder": folder, "url": urls[folder]}
+        say(task, self._process.stdin.fileno())
         return hear(self._process.stdout.fileno())
 
 
@@ -380,6 +385,7 @@ def main() -> None:
     while True:
         task = hear()
         what, folder = task["do"], task["folder"]
+        urls[folder] = task["url"]
         # What fails for good keeps it from its warden for as long as that is waited for. Else a
         # machine that has much to do may be late, all the more under strace.
         warden.COME_BACK_SECONDS = 1.0 if task["lasting"] else COME_BACK_SECONDS

@@ -6,9 +6,9 @@ if nothing had been. In both cases a supervisor whose calls do not fail can end 
 the key's lock free then and its next call works, two trees of the key never run at once, and the
 one that was harmed keeps no descriptor and no zombie.
 
-Of a database they are SQLite's calls too, and those of the threads that hold its lease. There two
-trees never run at once either when the next call is made on another machine, the threads end, and
-what was said to have finished is found as that by who comes next.
+Of a database they are SQLite's or libpq's calls too, and those of the threads that hold its lease.
+There two trees never run at once either when the next call is made on another machine, the threads
+end, and what was said to have finished is found as that by who comes next.
 
 How it is done: as in test_syscall_faults.py, thread by thread; PROCTREE_FAULTS works as there.
 """
@@ -29,6 +29,7 @@ import pytest
 
 from integration import strace
 from integration.conftest import eventually
+from integration.databases import Server
 from integration.strace import Fault
 from integration.test_syscall_faults import (
     CALLS,
@@ -96,7 +97,20 @@ DATABASE: dict[str, Call] = {
 }
 """What else can go wrong with those of SQLite."""
 
-TABLES = {"directory": {**CALLS, **FILES}, "database": {**CALLS, **FILES, **DATABASE}}
+SERVER: dict[str, Call] = {
+    # libpq's. What cannot be sent it learns by reading, and from a server that lives, and has got
+    # nothing, nothing comes: a failure here and not there is one that the kernel does not make.
+    "sendto": simple("EAGAIN", "EINTR"),
+    "recvfrom": simple("ENOMEM", "ECONNRESET", "EAGAIN", "EINTR", lasting=("ECONNRESET",)),
+    "poll": simple("ENOMEM", "EINTR", lasting=("ENOMEM",)),
+}
+"""What else can go wrong on the way to a server."""
+
+TABLES = {
+    "directory": {**CALLS, **FILES},
+    "database": {**CALLS, **FILES, **DATABASE},
+    "server": {**CALLS, **FILES, **SERVER},
+}
 
 LEFT_OUT = {
     "main": {
@@ -119,6 +133,10 @@ class Place(NamedTuple):
     store: str = "directory"
 
     @property
+    def has_lease(self) -> bool:
+        return self.store != "directory"
+
+    @property
     def lease(self) -> float:
         """Of a database, seconds: it is waited for where a tree is left, and a third of it where it
         is to be renewed."""
@@ -135,12 +153,16 @@ PLACES = [
     # It does nothing then.
     if (what, thread) not in {("result", "loop"), ("result", "workers"), ("cancel", "workers")}
 ]
-PLACES += [place._replace(store="database") for place in PLACES]
+PLACES = [place._replace(store=store) for store in TABLES for place in PLACES]
 PLACES += [
-    Place("keep", "lease", "database"),
-    Place("keep", "tender", "database"),
-    Place("succeed", "tender", "database"),
-    Place("watch", "tender", "database"),
+    Place(what, thread, store)
+    for store in ("database", "server")
+    for what, thread in (
+        ("keep", "lease"),
+        ("keep", "tender"),
+        ("succeed", "tender"),
+        ("watch", "tender"),
+    )
 ]
 
 SAMPLES = {
@@ -149,19 +171,22 @@ SAMPLES = {
         *("fdatasync=EIO@2", "fcntl=EAGAIN@1", "pwrite64=ENOSPC@9"),
     ),
     Place("succeed", "tender", "database"): ("openat=EMFILE@1", "fcntl=ENOLCK@1"),
+    Place("result", "main", "server"): ("epoll_create1=EMFILE@1", "recvfrom=ECONNRESET@5"),
 }
 """What is tried of databases without PROCTREE_FAULTS: each fault waits for several transactions."""
 
 
-def places() -> list[Place]:
+def places(*stores: str) -> list[Place]:
+    found = [place for place in PLACES if place.store in stores]
     if EVERYTHING:
-        return PLACES
-    return [place for place in PLACES if place.store == "directory" or place in SAMPLES]
+        return found
+    return [place for place in found if place.store == "directory" or place in SAMPLES]
 
 
 class Bench:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, server: Server | None = None) -> None:
         self._place = place
+        self._server = server
         self._table = TABLES[place.store]
         self._folder = tempfile.mkdtemp(prefix="proctree-faults-")
         self._log = Path(self._folder, "strace")
@@ -191,10 +216,12 @@ class Bench:
         self, agent: Agent, what: str, calls: str | None, fault: Fault | None
     ) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            there = self._place.store == "database" and fault is not None and fault.nth % 2 == 0
+            there = self._place.has_lease and fault is not None and fault.nth % 2 == 0
             settle = "settle there" if there else "settle"
             lasting = fault is not None and fault.onwards
-            agent.tell({"do": what, "folder": folder, "settle": settle, "lasting": lasting})
+            url = self._server.new_url() if self._server is not None else ""
+            task = {"do": what, "folder": folder, "url": url}
+            agent.tell({**task, "settle": settle, "lasting": lasting})
             told = agent.hear()
             agent.others = agent.numbers(told["unharmed"])
             if calls is None:
@@ -276,6 +303,7 @@ def chosen(name: str, nths: list[int], call: Call) -> Iterator[Fault]:
 # -- what must hold
 
 STEP = re.compile(r"at step '|^step '|^store \S+: cannot [a-z ]+: ")
+LIBPQ = re.compile(r"cannot [a-z ]+: .*(server|connection|SSL|SYSCALL)", re.DOTALL)
 DEFECT = re.compile(r"defect|durable\.callback_failed")
 ENDED_BY_ITSELF = {"start", "result", "keep", "succeed"}
 REASONS = {**dict.fromkeys(ENDED_BY_ITSELF, "exited"), "attach": "detached"}
@@ -325,7 +353,7 @@ def lease_over(fault: Fault, place: Place, answer: dict[str, Any]) -> bool:
 def judge(fault: Fault, place: Place, answer: dict[str, Any]) -> list[str]:
     what = place.what
     wrong = wrong_in(what, answer)
-    if place.store == "database" and lease_over(fault, place, answer):
+    if place.has_lease and lease_over(fault, place, answer):
         wrong = [each for each in wrong if not each.startswith(("ended by what", "exit status"))]
     if what == "comeback" and fault.onwards:
         # Where it never can, it says so, and the tree is left to its lease.
@@ -350,16 +378,30 @@ def judge(fault: Fault, place: Place, answer: dict[str, Any]) -> list[str]:
     # And pthread_create(3) knows none but EAGAIN.
     named_errno |= fault.call == "clone3" and "EAGAIN" in said
     named_errno |= place.store == "database" and "SQLITE_" in error["text"]
+    # Nor does libpq: it says what the errno means, or what it makes of it.
+    named_errno |= place.store == "server" and LIBPQ.search(error["text"]) is not None
     # Out of patience it cannot know why nobody has answered.
     if not named_errno and error["type"] != "StillRunning":
         wrong.append(f"an error that names another cause: {said}")
     return wrong
 
 
-@pytest.mark.timeout(0 if EVERYTHING else 120)
-@pytest.mark.parametrize("place", places(), ids=str)
-def test_every_call_of_a_durable_run_may_fail(place: Place) -> None:
-    with contextlib.closing(Bench(place)) as bench:
+def try_all(place: Place, server: Server | None = None) -> None:
+    with contextlib.closing(Bench(place, server)) as bench:
         named = EVERYTHING.split(",") if EVERYTHING else SAMPLES.get(place, ("all",))
         faults = bench.faults() if "all" in named else map(Fault.parse, named)
         try_each(place, [*faults], bench.attempt)
+
+
+@pytest.mark.timeout(0 if EVERYTHING else 120)
+@pytest.mark.parametrize("place", places("directory", "database"), ids=str)
+def test_every_call_of_a_durable_run_may_fail(place: Place) -> None:
+    try_all(place)
+
+
+@pytest.mark.timeout(0 if EVERYTHING else 120)
+@pytest.mark.parametrize("place", places("server"), ids=str)
+def test_every_call_on_the_way_to_a_server_may_fail(place: Place, server: Server | None) -> None:
+    if server is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    try_all(place, server)
