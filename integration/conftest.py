@@ -257,11 +257,10 @@ def known_processes() -> None:
     _before.update(process.pid for process in psutil.Process().children())
 
 
-def living() -> list[str]:
-    """Every living process below this one that was not there when the test began, by name. The
-    suite is a subreaper: nothing hides."""
+def relatives() -> Iterator[proof.Stat]:
+    """Every living process below this one that was not there when the test began. The suite is a
+    subreaper: nothing hides."""
     known = set(_before)
-    found = []
     # Parents come before their children.
     for process in psutil.Process().children(recursive=True):
         stat = proof.read_stat(process.pid)
@@ -270,8 +269,12 @@ def living() -> list[str]:
         if stat.pid in known or stat.ppid in known:
             known.add(stat.pid)
         elif not stat.dead:
-            found.append(f"{stat.pid} {stat.name} (parent {stat.ppid})")
-    return found
+            yield stat
+
+
+def living() -> list[str]:
+    """The same, by name."""
+    return [f"{stat.pid} {stat.name} (parent {stat.ppid})" for stat in relatives()]
 
 
 def outer_pid(handle: proctree.WatchedSubprocess, inner: int) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 import proctree
-from integration.conftest import DEADLINE, Lines, eventually, is_alive
+from integration.conftest import DEADLINE, Lines, eventually, is_alive, relatives
 from integration.fault_matrix import Case
 from proctree import KillPolicy, Stage, WatchedSubprocess
 from proctree.process import proof
@@ -427,14 +427,13 @@ class Scene:
         return found
 
     def living(self) -> dict[int, str]:
-        """Every living process below us but the test's own, by number: the suite is a subreaper."""
+        """Every living process below us but the test's own, by number."""
         self._reap_orphans()
-        found = {}
-        for process in psutil.Process().children(recursive=True):
-            stat = proof.read_stat(process.pid)
-            if stat is not None and not stat.dead and process.pid not in self._helpers:
-                found[stat.pid] = f"{stat.name} (state {stat.state}, parent {stat.ppid})"
-        return found
+        return {
+            stat.pid: f"{stat.name} (state {stat.state}, parent {stat.ppid})"
+            for stat in relatives()
+            if stat.pid not in self._helpers
+        }
 
     def _reap_orphans(self) -> None:
         """What lost its parent has come to us, where in real life it comes to pid 1, which reaps
