@@ -255,13 +255,18 @@ def test_a_holder_that_is_a_zombie_is_dead(url: str, start: Start) -> None:
         pass
 
 
+def change(url: str, assignment: str) -> None:
+    """What is recorded of who holds a key."""
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE proctree_runs SET {assignment}")
+
+
 def test_its_number_belongs_to_another_process(url: str, start: Start) -> None:
     """One that lives, and started at another time than the holder."""
     holder = start("k")
     assert holder.ask("claim") == "claimed"
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE proctree_runs SET holder_start = holder_start - 1")
+    change(url, "holder_start = holder_start - 1")
     with claimed(SqlStore(url), "k"):
         pass
 
@@ -270,9 +275,7 @@ def test_who_did_not_know_when_it_had_started_may_live(url: str, start: Start) -
     """It had no /proc."""
     holder = start("k")
     assert holder.ask("claim") == "claimed"
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE proctree_runs SET holder_start = 0")
+    change(url, "holder_start = 0")
     assert SqlStore(url).claim("k") is None
     holder.kill()
     holder.wait()
@@ -284,9 +287,7 @@ def test_who_did_not_know_when_it_had_started_may_live(url: str, start: Start) -
 def test_a_number_from_elsewhere_says_nothing(url: str, start: Start, column: str) -> None:
     holder = start("k")
     assert holder.ask("claim") == "claimed"
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE proctree_runs SET {column} = '4711'")
+    change(url, f"{column} = '4711'")
     holder.kill()
     holder.wait()
     assert SqlStore(url).claim("k") is None

@@ -404,19 +404,14 @@ def end_unheld(
             open(file, encoding="ascii", errors="replace") as known,
         ):
             entry = parse(known.read())
-    if not _is_seen(pid_namespace):
+    _require_proc()
+    if not pid_namespaces.is_seen(pid_namespace):
         _end_unseen(entry, seems_empty)
         if file is not None:
             forget(file)
         return ()
     _require_readable(started_by)
     return _sweep_tree(entry, file).survivors
-
-
-def _is_seen(pid_namespace: int) -> bool:
-    """Raises Unseen: nothing can be seen."""
-    _require_proc()
-    return pid_namespaces.is_seen(pid_namespace)
 
 
 def _require_proc() -> None:
