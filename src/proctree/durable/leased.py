@@ -448,8 +448,7 @@ def begin(wish: Wish, sql: SqlStore) -> Run:
     """As `runs.begin`, for a key that other machines may have."""
     check(wish, sql)
     local = _local(sql)
-    patience = Patience(wish.key, local)
-    lost = 0
+    patience, losses = Patience(wish.key, local), runs.Losses()
     while True:
         mine = local.claim(wish.key)
         if mine is None:
@@ -460,11 +459,8 @@ def begin(wish: Wish, sql: SqlStore) -> Run:
             continue
         try:
             here = _begin_here(mine, wish, sql, local)
-        except WardenLost:
-            lost += 1
-            if lost == runs.LOST_MAX:
-                raise
-            wish = wish.again()
+        except WardenLost as error:
+            wish = losses.again(wish, error)
             continue
         finally:
             mine.release()

@@ -25,24 +25,34 @@ LOST_MAX = 3
 """How many attempts in a row may lose their warden before their main process has started."""
 
 
+class Losses:
+    """The attempts of one call whose warden somebody has killed before they had begun: each is lost
+    like any other that is, and followed by another one."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def again(self, wish: Wish, error: WardenLost) -> Wish:
+        """What the next attempt is to be. Raises `error` when it has come to that too often."""
+        self._count += 1
+        if self._count == LOST_MAX:
+            raise error
+        return wish.again()
+
+
 def begin(wish: Wish, store: FileStore) -> Run:
     """Starts, reconnects, or answers what is recorded, as the table says."""
-    patience = Patience(wish.key, store)
-    lost = 0
+    patience, losses = Patience(wish.key, store), Losses()
     while True:
         claim = store.claim(wish.key)
         if claim is not None:
             try:
                 return _decide(claim, wish, store)
-            except WardenLost:
-                # Somebody has killed it: that attempt is lost, like any other that is.
-                lost += 1
-                if lost == LOST_MAX:
-                    raise
+            except WardenLost as error:
+                wish = losses.again(wish, error)
+                continue
             finally:
                 claim.release()
-            wish = wish.again()
-            continue
         run = reconnect(wish, store, patience)
         if run is not None:
             return run
