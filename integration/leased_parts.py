@@ -170,7 +170,7 @@ def check_both(at: Leased, *, said: bool) -> list[str]:
     how it ended."""
     wrong = check_alone(at, (1,) if said else (1, 2))
     wrong += check_rows(at)
-    for machine in (at, at.on("there", SHORT)):
+    for machine in (at, at.on("there", LONG)):
         with contextlib.suppress(FileNotFoundError):
             wrong += check_files(machine, recorded(machine.store))
     # An attempt that was not complete is removed by whoever makes the next one on that machine.
@@ -198,7 +198,7 @@ def crash_elsewhere(tracer: str, folder: str, name: str, nth: int) -> dict[str, 
     """The same, and the retry is on another machine."""
 
     def retry(at: Leased) -> Any:
-        return forked(resume_elsewhere, at.on("there", SHORT))
+        return forked(resume_elsewhere, at.on("there", LONG))
 
     return _crash(tracer, folder, name, nth, SHORT, retry, check_both)
 

@@ -32,7 +32,8 @@ from proctree.process import proof
 LONG = 600.0
 """A lease that does not run out in a test."""
 SHORT = 3.0
-"""One that does."""
+"""One that does, and is for those alone who are to lose it: on a busy machine it runs out for a
+living holder too."""
 KEPT = 15.0
 """One that would, and is renewed: beside somebody's fork bomb that may come seconds late."""
 QUICK = KillPolicy((Stage(15, 0.2), Stage(9, 0.5)))
@@ -155,7 +156,7 @@ def test_a_lost_machine_is_waited_out_and_its_tree_is_dead_by_then(
     first = supervise(job.command, SHORT)
     first.kill()
     began = time.monotonic()
-    done = in_thread(lambda: durable.run("key", job.command, store=there.store(SHORT), kill=QUICK))
+    done = in_thread(lambda: durable.run("key", job.command, store=there.store(), kill=QUICK))
     eventually(lambda: bool(there.local.attempts("key")), "it is started there")
     assert time.monotonic() - began > SHORT / 2
     (lost,) = here.local.attempts("key")
@@ -173,13 +174,13 @@ def test_a_supervisor_that_was_stopped_too_long_has_lost_its_tree(
     """The warden does not wait for it, and what it finds out afterwards is not recorded."""
     first = supervise(job.command, SHORT)
     first.process.send_signal(signal.SIGSTOP)
-    run = durable.start("key", job.command, store=there.store(SHORT), kill=QUICK)
+    run = durable.start("key", job.command, store=there.store(), kill=QUICK)
     if isinstance(run, RunElsewhere):
         outcome = run.wait(DEADLINE)
         assert outcome is not None
         assert run.lost
         assert outcome.reason is Reason.SUPERVISOR_LOST
-        run = durable.start("key", job.command, store=there.store(SHORT), kill=QUICK)
+        run = durable.start("key", job.command, store=there.store(), kill=QUICK)
     assert not run.reconnected
     assert run.number == 2
     first.process.send_signal(signal.SIGCONT)
@@ -299,10 +300,12 @@ def test_what_was_let_go_of_lives_for_its_lease_and_not_longer(
     outcome = run.wait(DEADLINE)
     assert outcome is not None
     assert outcome.reason is Reason.DETACHED
-    assert is_alive(run.pid or 0)
-    done = in_thread(lambda: durable.run("key", job.command, store=there.store(SHORT), kill=QUICK))
+    done = in_thread(lambda: durable.run("key", job.command, store=there.store(), kill=QUICK))
     eventually(lambda: bool(there.local.attempts("key")), "it is started there")
     assert not is_alive(run.pid or 0)
+    (released,) = here.local.attempts("key")
+    assert released.exit is not None
+    assert released.exit.cause is Cause.LEASE
     job.let_go()
     assert done.get(timeout=DEADLINE).returncode == 0
     assert job.ran == 1
@@ -423,14 +426,14 @@ def test_a_tree_whose_lease_nobody_would_renew_is_ended_at_once(
 def test_a_lost_attempt_is_no_run_to_attach_to(
     here: Machine, there: Machine, supervise: Start
 ) -> None:
-    first = supervise(SLEEPER, SHORT)
+    first = supervise(SLEEPER)
     stat = proof.read_stat(first.said["pid"])
     assert stat is not None
     os.kill(stat.ppid, signal.SIGKILL)
     first.kill()
     eventually(lambda: not is_alive(first.said["pid"]), "it dies with its warden")
     with pytest.raises(NotRunning, match="it was lost"):
-        durable.attach("key", store=here.store(SHORT))
+        durable.attach("key", store=here.store())
     proctree.sweep()
 
 

@@ -99,16 +99,22 @@ class Gate:
 
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
-        self.path = path
         self.command = ["sh", "-c", f"read x < {path}"]
+        # For reading too: a tree that its lease has ended does not keep anybody waiting.
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
 
     def let_go(self) -> None:
-        self.path.write_text("go\n")
+        self._file.write(b"go\n")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path / "gate")
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    made = Gate(tmp_path / "gate")
+    yield made
+    made.close()
 
 
 def end(run: Run) -> None:
@@ -280,7 +286,7 @@ def test_a_database_that_fails_behind_a_renewal_is_no_defect(
     faults: Faults, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What fails is the look for a cancellation."""
-    run = durable.start("key", gate.command, store=faults.store(SHORT), kill=QUICK)
+    run = durable.start("key", gate.command, store=faults.store(KEPT), kill=QUICK)
     failed = threading.Event()
 
     def fail_once(statement: str) -> None:
@@ -343,7 +349,7 @@ def test_an_owner_whose_database_fails_while_it_takes_the_key_over_tries_again(
 def test_a_key_whose_attempts_were_removed_by_hand_is_not_held_for_ever(
     here: Machine, there: Machine, gate: Gate
 ) -> None:
-    run = durable.start("key", gate.command, store=here.store(3.0), kill=QUICK)
+    run = durable.start("key", gate.command, store=here.store(8.0), kill=QUICK)
     execute(here, "DELETE FROM proctree_attempts")
     gate.let_go()
     outcome = run.wait(DEADLINE)
@@ -363,7 +369,7 @@ def test_patience_is_about_the_lock_and_not_about_another_machine(
     monkeypatch.setattr(reconnecting, "PATIENCE", 1.5)
     claim = there.store().claim("key")
     assert claim is not None
-    done = in_thread(lambda: durable.run("key", ["true"], store=here.store(SHORT), kill=QUICK))
+    done = in_thread(lambda: durable.run("key", ["true"], store=here.store()))
     time.sleep(2.0)  # longer than that
     mine = None
     while mine is None:

@@ -34,8 +34,8 @@ from proctree.durable.sql import SqlClaim, SqlStore, boottime
 
 LONG = 600.0
 """A lease that does not run out in a test."""
-SHORT = 1.5
-KEPT = 6.0
+SHORT = 4.0
+KEPT = 8.0
 """One that is renewed, on a machine that is busy with other tests."""
 
 ID = "0123456789abcdef"
