@@ -2,19 +2,12 @@
 
     python -m integration.channel_injector SHAPE MODE [STRIDE]
 
-The interpreter runs a signal handler between two bytecodes, and only of some: behind a call, at a
-jump backwards, at the entry of a function. Chance finds the fatal one of a thousand late or never.
-So everything below proctree/channel is traced by the opcode, and the N-th is the one: N is counted
-up, request by request, until requests are through before it comes.
-
-A signal is not simulated: at the N-th opcode it becomes pending, as the C handler of a signal does
-it, without the interpreter noticing on the way from here, and so the Python handler runs exactly
-where it would. Exceptions therefore come where they can come and nowhere else.
+See interrupting.py. What is traced is everything below proctree/channel; N is counted up, request
+by request, until requests are through before it comes.
 """
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import contextlib
 import gc
@@ -29,7 +22,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import proctree.channel.client
@@ -51,11 +43,11 @@ from integration.channel_parts import (
     take_key,
     watchdog,
 )
+from integration.interrupting import SIGNAL, Interrupt, Tracer
 from proctree.channel import Channel
 
 FOLDER = str(Path(proctree.channel.client.__file__).parent)
 FILES = {str(path) for path in Path(FOLDER).glob("*.py")} | {contextlib.__file__}
-SIGNAL = signal.SIGUSR1
 BEYOND = 3
 """Requests in a row that were through before the N-th opcode: how many it takes varies a little."""
 
@@ -66,13 +58,9 @@ THREAD_SECONDS = 0.003
 """How long a stopped thread waits for another: that one may have to wait for a lock of ours."""
 
 
-class Stopped(BaseException):
-    """What a handler raises; as a time limit does."""
-
-
 HANDLER = "from a handler"
 RAISED: dict[str, Callable[[], BaseException]] = {
-    "raise": Stopped,
+    "raise": Interrupt,
     # What the channel itself catches from system calls, iterators and locks.
     "raise-timeout": lambda: TimeoutError(HANDLER),
     "raise-blocking": lambda: BlockingIOError(11, HANDLER),
@@ -82,59 +70,6 @@ RAISED: dict[str, Callable[[], BaseException]] = {
     "raise-key": lambda: KeyError(HANDLER),
 }
 KINDS = {type(make()) for make in RAISED.values()}
-
-
-class Tracer:
-    """Does something at the N-th opcode of the channel's code on this thread."""
-
-    def __init__(self, at: int, direct: Callable[[], None] | None = None) -> None:
-        self.at = at
-        self.count = 0
-        self.where = ""
-        self._direct = direct
-        # Held: sys.settrace(None) in the middle of one would free it.
-        self._call = self._on_call
-        self._opcode = self._on_opcode
-
-    def __enter__(self) -> Tracer:
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    @property
-    def reached(self) -> bool:
-        return bool(self.where)
-
-    def _on_call(self, frame: FrameType, _event: str, _arg: Any) -> Any:
-        if frame.f_code.co_filename not in FILES:
-            return None
-        frame.f_trace_lines = False
-        frame.f_trace_opcodes = True
-        return self._opcode
-
-    def _on_opcode(self, frame: FrameType, event: str, _arg: Any) -> Any:
-        mine = self._opcode
-        if event != "opcode":
-            return mine
-        number = self.count
-        self.count += 1
-        if number != self.at:
-            return mine
-        self.where = (
-            f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} +{frame.f_lasti} "
-            f"in {frame.f_code.co_name}"
-        )
-        if self._direct is not None:
-            self._direct()
-            return mine
-        # The next call of a trace function would notice the signal before its time.
-        sys.settrace(None)
-        # So would a call that Python makes here; a step of `for` does not.
-        for _ in map(_thread.interrupt_main, (SIGNAL,)):
-            return None
-        return None
 
 
 def check(right: object, what: str) -> None:
@@ -464,7 +399,7 @@ class Round:
         self._problem: BaseException | None = None
         threading.Thread(target=self._ask_beside, daemon=True).start()
 
-    def _on_signal(self, _signo: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, _signo: int, _frame: object) -> None:
         self._nested += 1
         if self._mode in RAISED:
             self._raised = RAISED[self._mode]()
@@ -472,7 +407,7 @@ class Round:
         if self._twice:
             # In the middle of what this handler asks comes the next one.
             self._twice = False
-            with Tracer(self._random.randrange(1000)):
+            with Tracer(self._random.randrange(1000), FILES):
                 self._ask_nested()
             return
         self._ask_nested()
@@ -518,7 +453,7 @@ class Round:
         """Returns whether it came to the N-th opcode."""
         direct = {"nested": self._nested_directly, "thread": self._let_other_run}.get(self._mode)
         self._twice = self._mode == "signal-twice"
-        tracer = Tracer(at, direct)
+        tracer = Tracer(at, FILES, direct)
         self._owed = False
         self._raised = None
         self._unraisable = 0

@@ -202,11 +202,15 @@ def test_a_tree_that_does_not_read_holds_the_typist_up(containment: str) -> None
     typist = threading.Thread(target=type_for_ever, args=(terminal_of(handle), answers, typed))
     typist.start()
     terminal = terminal_of(handle)
-    eventually(lambda: typed[0] > 0 and bool(terminal._waiting), "the terminal is full")
-    full = typed[0]
-    # A round trip of the loop, in which it could have taken more: nobody reads, so it does not.
-    assert proctree.run(["true"]).ok
-    assert (typed[0], answers) == (full, [])
+
+    def is_full() -> bool:
+        full = typed[0]
+        # A round trip of the loop, in which it could have taken more.
+        assert proctree.run(["true"]).ok
+        return bool(terminal._waiting) and 0 < full == typed[0]
+
+    eventually(is_full, "it is held up")
+    assert answers == []
     end(handle)
     typist.join(DEADLINE)
     assert answers == [False]

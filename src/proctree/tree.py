@@ -225,10 +225,19 @@ class Tree:
         payload = {"reason": reason, "detail": detail, "policy": policy}
         loop.post(lambda: self.happened(Event.KILL, **payload, left=self._stage_left()))
 
-    def detach(self) -> None:
+    def detach(self, loop: Loop) -> None:
         """Lets go of a tree that is kept; what is under way of its end goes on. One that is not
         made yet is not made; while it is being made this does nothing."""
-        self._loop.post(lambda: self.happened(Event.DETACHED))
+        self._loop = loop  # an interrupted `launch` may not have come to that
+        loop.post(lambda: self.happened(Event.DETACHED))
+
+    def let_go(self, loop: Loop) -> None:
+        """For who is interrupted while it is launched, however far that has come: as `detach`, and
+        waits for it."""
+        self.detach(loop)
+        self.started.wait()
+        self.detach(loop)
+        self.closed.wait()
 
     def signal(self, stage: Stage) -> None:
         self._loop.post(lambda: self._signal(stage))

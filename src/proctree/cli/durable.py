@@ -49,23 +49,32 @@ class _Signals:
 
     def about(self, run: Run) -> None:
         self._run = run
+        if self.got:  # and what was raised was lost in some __del__
+            self._handle(self.got, None)
 
     def _handle(self, signo: int, _frame: object) -> None:
-        self.got = signo
+        first, self.got = not self.got, signo
         if self._run is None:
-            raise _Interrupted
-        if self._keep or not self._run.owned:
+            if first:  # another one would come out of what is done about that
+                raise _Interrupted
+        elif self._keep or not self._run.owned:
             self._run.detach()
         else:
             self._run.kill(reason=f"proctree got {signal.Signals(signo).name}")
 
 
-def _wait_for(begin: Callable[[], Run], keep: bool, who: str) -> tuple[int, Outcome | None]:
-    """The exit status, and how it ended."""
+def _wait_for(
+    begin: Callable[[Callable[[Run], None]], Run], keep: bool, who: str
+) -> tuple[int, Outcome | None]:
+    """The exit status, and how it ended.
+
+    Args:
+        begin: what it calls with the handle, if it does, is told before a signal can lose it.
+    """
     signals = _Signals(keep)
-    signals.install()
     try:
-        run = begin()
+        signals.install()
+        run = begin(signals.about)
         signals.about(run)
         outcome = run.wait()
     except _Interrupted:
@@ -93,7 +102,7 @@ def run(
 ) -> tuple[int, Outcome | None]:
     """`proctree run --durable`; returns the exit status, and how it ended."""
 
-    def begin() -> Run:
+    def begin(made: Callable[[Run], None]) -> Run:
         wish = to_wish(
             options.durable,
             command,
@@ -108,7 +117,7 @@ def run(
             name=options.name,
             **special,
         )
-        return runs.begin(wish._replace(keep=options.keep), FileStore(options.store))
+        return runs.begin(wish._replace(keep=options.keep, made=made), FileStore(options.store))
 
     return _wait_for(begin, options.keep, "proctree run")
 
@@ -126,7 +135,7 @@ def attach(arguments: Sequence[str]) -> int:
     parser.add_argument("--store", metavar="DIR", help="where the records are")
     options = parser.parse_args(arguments)
     status, _outcome = _wait_for(
-        lambda: durable.attach(options.key, logs=Stdio.INHERIT, store=options.store),
+        lambda _made: durable.attach(options.key, logs=Stdio.INHERIT, store=options.store),
         True,
         "proctree attach",
     )

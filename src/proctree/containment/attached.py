@@ -47,10 +47,12 @@ class AttachedContained(WardenContained):
         return self._link.main, self._link.main_start
 
     def give_back(self) -> bool:
-        """Closes the connection if nothing was launched that could, and returns whether it did."""
+        """Closes the connection if nothing was launched that could, and returns whether it is
+        closed."""
         if self._warden >= 0:
             return False
-        self._link.close()
+        if self._link.control.fileno() >= 0:
+            self._link.close()
         return True
 
     def _reap(self) -> bool:

@@ -13,6 +13,7 @@ warden of the tree has for as long as the tree lives, and by no record that coul
 
 from __future__ import annotations
 
+import builtins
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -151,8 +152,24 @@ def start(
     if isinstance(target, Job):
         raise TypeError("target: a Job has no handle: use durable.run")
     where = _store(store)
-    run: Run = _front(where).begin(to_wish(key, target, **options), where)
-    return run
+    made: builtins.list[Run] = []
+    try:
+        wish = to_wish(key, target, **options)._replace(made=made.append)
+        run: Run = _front(where).begin(wish, where)
+        return run
+    except BaseException:
+        for each in made:
+            _end(each, keep=each.reconnected)
+        raise
+
+
+def _end(run: Run, *, keep: bool) -> None:
+    """Of a caller who does not get the handle, or the outcome."""
+    if keep:
+        run.detach()
+        run.wait()
+    else:
+        run._leave()
 
 
 def run(
@@ -184,16 +201,15 @@ def run(
     if isinstance(target, Job):
         return run_job(key, target, store=where, allowed=statuses, retries=left, **options)
     while True:
+        made: builtins.list[Run] = []
         wish = to_wish(key, target, allowed=statuses, **options)
-        handle: Run = _front(where).begin(wish._replace(keep=interrupted == "detach"), where)
+        wish = wish._replace(keep=interrupted == "detach", made=made.append)
         try:
+            handle: Run = _front(where).begin(wish, where)
             outcome = handle.wait()
         except BaseException:
-            if interrupted == "detach":
-                handle.detach()
-                handle.wait()
-            else:
-                handle._leave()
+            for each in made:
+                _end(each, keep=interrupted == "detach")
             raise
         assert outcome is not None
         if getattr(handle, "lost", False):

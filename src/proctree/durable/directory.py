@@ -107,10 +107,10 @@ def _is_held(path: str) -> bool:
             os.close(fd)
 
 
-def _open_lock(path: str) -> int:
+def _open_lock(path: str) -> fds.File:
     with fds.making():
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        return fds.own(fds.above_stdio(private.create(path, flags)))
+        return fds.File(fds.above_stdio(private.create(path, flags)))
 
 
 # -- the store
@@ -173,20 +173,21 @@ class FileStore(Store):
     def claim(self, key: str) -> FileClaim | None:
         place = self.at(key)
         while True:
-            fd = self._open(place)
+            claim = FileClaim(place, self._open(place))
             try:
                 with step("lock", place.lock):
-                    got, there = _take(fd), _same_file(fd, place.lock)
+                    got, there = _take(claim.lock), _same_file(claim.lock, place.lock)
+                if got and there:
+                    claim._set_up()
+                    return claim
             except BaseException:
-                fds.close(fd)
+                claim.release()
                 raise
-            if got and there:
-                return _begun(FileClaim(place, fd))
-            fds.close(fd)
+            claim.release()
             if there:
                 return None
 
-    def _open(self, place: KeyDirectory) -> int:
+    def _open(self, place: KeyDirectory) -> fds.File:
         """The lock's file, with all that has to be there for it."""
         with step("make", self.path):
             _make_parents(self.path)
@@ -258,15 +259,6 @@ class FileStore(Store):
                         files.remove(os.path.join(self.path, name))
 
 
-def _begun(claim: FileClaim) -> FileClaim:
-    try:
-        claim._set_up()
-    except BaseException:
-        claim.release()
-        raise
-    return claim
-
-
 class Prepared:
     """An attempt of a tree that is on the disk, and what its warden is handed.
 
@@ -298,18 +290,21 @@ class FileClaim(Claim):
     """A key's lock, held. To be used by one thread at a time.
 
     Attributes:
-        lock: the locked descriptor: owned (fds.py), close-on-exec, above the standard streams. A
-            process that inherits it holds the claim on.
         place: where everything of the key is.
     """
 
-    def __init__(self, place: KeyDirectory, lock: int) -> None:
+    def __init__(self, place: KeyDirectory, lock: fds.File) -> None:
         self.place = place
-        self.lock = lock
-        self._pid = os.getpid()
+        self._lock = lock
+
+    @property
+    def lock(self) -> int:
+        """The locked descriptor: owned (fds.py), close-on-exec, above the standard streams. A
+        process that inherits it holds the claim on."""
+        return self._lock.fileno()
 
     def _check_held(self) -> None:
-        if self.lock < 0 or self._pid != os.getpid():
+        if self._lock.closed:
             raise ValueError(f"key {self.place.key!r}: this claim has been given back")
 
     def _set_up(self) -> None:
@@ -461,10 +456,7 @@ class FileClaim(Claim):
     def release(self) -> None:
         # By close(2), and never by LOCK_UN, which would take the lock from a warden that has
         # inherited it: it is the open file's (flock(2)), and the warden's alone from now on.
-        lock, self.lock = self.lock, -1
-        # In a forked child it is closed, and its number may be that of another file.
-        if lock >= 0 and self._pid == os.getpid():
-            fds.close(lock)
+        self._lock.close()
 
 
 def _open_directory(path: str) -> int:

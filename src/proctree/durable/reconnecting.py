@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from proctree import events
@@ -138,6 +139,26 @@ def attached(
         request.tree_id, link, request.containment, request.cgroup or None
     )
     contained.place = attempt.place
+    try:
+        return _attached(attempt, link, contained, wish, key, logs, store, make)
+    except BaseException:
+        # Without a handle nobody would let go of it, and who is attached keeps the run alive.
+        contained.give_back()
+        raise
+
+
+def _attached(
+    attempt: Attempt,
+    link: Link,
+    contained: AttachedContained,
+    wish: Wish | None,
+    key: str,
+    logs: Any,
+    store: FileStore,
+    make: type[Run],
+) -> Run:
+    request = attempt.request
+    assert request is not None
     if wish is not None:
         leftovers = wish.leftovers
     else:
@@ -150,7 +171,7 @@ def attached(
     run = make(key, attempt, request, reconnected=True, store=store)
     timeout = None if wish is None else wish.timeout
     live = run._live = Live(tree, contained, followed, timeout, leftovers)
-    _launch(tree, contained)
+    _launch(tree, contained, (lambda: None) if wish is None else lambda: wish.made(run))
     live.arm()
     events.debug(
         "durable.reconnected",
@@ -162,15 +183,14 @@ def attached(
     return run
 
 
-def _launch(tree: Tree, contained: AttachedContained) -> None:
-    """Without a handle nobody would let go of it, and who is attached keeps the run alive."""
+def _launch(tree: Tree, contained: AttachedContained, made: Callable[[], object]) -> None:
+    loop = _loop.get()
     try:
-        tree.launch(_loop.get())
+        tree.launch(loop)
         tree.started.wait()
+        made()
     except BaseException:
-        tree.started.wait()
-        tree.detach()
-        tree.closed.wait()
+        tree.let_go(loop)
         raise
     if tree.start_error is not None:
         tree.closed.wait()

@@ -170,7 +170,7 @@ class Run:
         comes back. While it is being ended, and after its end, this does nothing."""
         if self._live is not None:
             _tree.require_owner(self._live.tree)
-            self._live.tree.detach()
+            self._live.tree.detach(_loop.get())
 
     def processes(self) -> list[ProcessInfo]:
         """A snapshot of its living processes, main process first."""

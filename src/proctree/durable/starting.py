@@ -179,7 +179,7 @@ def start(
         run = make(wish.key, attempt, request, reconnected=False, store=store)
         live = run._live = Live(tree, contained, followed, wish.timeout, wish.leftovers)
         try:
-            _launch(tree, keep=wish.keep)
+            _launch(tree, lambda: wish.made(run), keep=wish.keep)
         except BaseException:
             _record_failure(claim, attempt, tree)
             raise
@@ -207,20 +207,20 @@ def make_tree(
     )
 
 
-def _launch(tree: _tree.Tree, *, keep: bool) -> None:
-    """As `WatchedSubprocess.launch`; but with `keep` an interrupt lets go of what was started."""
+def _launch(tree: _tree.Tree, made: Callable[[], object], *, keep: bool) -> None:
+    """As `WatchedSubprocess.launch`; but with `keep` an interrupt lets go of what was started. What
+    comes behind `made` is the concern of whoever was told by that."""
     loop = _loop.get()
     try:
         tree.launch(loop)
         tree.started.wait()
+        made()
     except BaseException:
         if keep:
-            tree.detach()  # should it wait for a FIFO
-            tree.started.wait()
-            tree.detach()
+            tree.let_go(loop)
         else:
             tree.kill(loop, Reason.KILLED, "interrupted", None)
-        tree.closed.wait()
+            tree.closed.wait()
         raise
     if tree.start_error is not None:
         tree.closed.wait()

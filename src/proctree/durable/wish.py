@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proctree import command as _command
@@ -17,9 +17,14 @@ from proctree.watched import DEFAULT_POLICY, DRAIN_TIMEOUT
 
 if TYPE_CHECKING:
     from proctree.attributes import SpawnAttributes
+    from proctree.durable.running import Run
     from proctree.limits import Limits
 
 DEFAULT_LEASE = 60.0
+
+
+def _nobody(_run: Run) -> None:
+    """Waits for what `start` returns."""
 
 
 class Wish(NamedTuple):
@@ -45,6 +50,9 @@ class Wish(NamedTuple):
     keep: bool = False
     """Whether an exception that comes before there is a handle lets go of what was started, and
     does not end it."""
+    made: Callable[[Run], object] = _nobody
+    """Gets the handle of what runs before anything that comes later can lose it: an exception that
+    a signal handler raises may come between any two bytecodes on its way to the caller."""
 
     def again(self) -> Wish:
         """The same for another attempt, which is another tree."""

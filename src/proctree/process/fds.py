@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import select
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 
 _owned: set[int] = set()
+_files: list[weakref.ref[File]] = []
 _lock = threading.RLock()
 _after_fork: list[Callable[[], None]] = []
 
@@ -46,6 +49,21 @@ def close(fd: int) -> None:
 def disown(fd: int) -> None:
     """Forgets an owned descriptor that somebody else closes."""
     _owned.discard(fd)
+
+
+class File(io.FileIO):
+    """An owned descriptor that is closed when nobody refers to it any more, if not before: an
+    exception that a signal handler raises may come between any call and its `finally`. It must not
+    come here instead, where it would be lost: so no `__del__`, and nothing that a WeakSet calls.
+
+    Args:
+        fd: open for reading and writing, close-on-exec. It is the object's from now on.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "r+")
+        _files[:] = [known for known in _files if known() is not None]
+        _files.append(weakref.ref(self))
 
 
 def above_stdio(fd: int) -> int:
@@ -123,6 +141,10 @@ def _child() -> None:
         with contextlib.suppress(OSError):
             os.close(fd)
     _owned.clear()
+    for known in _files:
+        if (file := known()) is not None:
+            with contextlib.suppress(OSError):
+                file.close()
     for function in _after_fork:
         function()
 

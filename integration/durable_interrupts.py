@@ -1,0 +1,134 @@
+"""A durable run whose supervisor is interrupted at each single bytecode on its way to the handle.
+
+    python -m integration.durable_interrupts PLACE MODE [STRIDE]
+
+MODE is what is interrupted, and what is to become of the run: `kill` and `detach` are those of
+`durable.run`, with an exception that a handler raises; so is `reconnect`, to a run that goes on;
+`start` is `durable.start`, with one too; `signal` and `keep` are `proctree run` without and with
+`--keep`, which gets SIGTERM. See interrupting.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from integration.conftest import DEADLINE
+from integration.interrupting import SIGNAL, Interrupt, Tracer
+from proctree import cli, durable, latch, loop, tree
+from proctree.cli import durable as command_line
+from proctree.durable import FileStore, running
+
+FOLDER = Path(running.__file__).parent
+NAMES = ("__init__", "reconnecting", "running", "runs", "starting", "directory")
+FILES = {str(FOLDER / f"{name}.py") for name in NAMES} | {
+    command_line.__file__,
+    latch.__file__,
+    loop.__file__,
+    tree.__file__,
+}
+BEYOND = 40
+"""Opcodes behind those of a start: there its end is waited for."""
+
+LASTS = ["sleep", "60"]
+"""Longer than all of it takes."""
+
+
+def on_signal(_signo: int, _frame: object) -> None:
+    raise Interrupt
+
+
+def by_exception(tracer: Tracer, key: str, store: FileStore, mode: str) -> None:
+    with contextlib.suppress(Interrupt), tracer:
+        durable.run(key, LASTS, store=store, interrupted=mode)
+
+
+def before_the_handle(tracer: Tracer, key: str, store: FileStore) -> None:
+    run = None
+    with contextlib.suppress(Interrupt), tracer:
+        run = durable.start(key, LASTS, store=store)
+    if run is not None:
+        run.kill()
+        run.wait()
+
+
+def by_signal(tracer: Tracer, key: str, store: FileStore, mode: str) -> None:
+    options = ["--durable", key, "--store", store.path] + ["--keep"] * (mode == "keep")
+    signal.signal(signal.SIGTERM, on_signal)  # it has not got its own handler from the start on
+    with contextlib.suppress(Interrupt), contextlib.redirect_stderr(io.StringIO()), tracer:
+        status = cli.main(["run", *options, "--", *LASTS])
+        if tracer.reached and status != 128 + signal.SIGTERM:
+            raise AssertionError(f"exit status {status}")
+
+
+def check(key: str, store: FileStore, *, kept: bool) -> str:
+    """What is wrong."""
+    attempts = store.attempts(key) if key in store.keys() else []  # noqa: SIM118
+    if not store.claimed(key):
+        # It was not started, or it was ended.
+        ended = [attempt for attempt in attempts if attempt.exit is not None]
+        return "it was ended" if kept and ended else ""
+    if not kept:
+        return "it runs on, or our lock does"
+    outcome = durable.cancel(key, store=store, timeout=30.0)
+    return "" if outcome is not None else "our lock is left, and nothing that runs"
+
+
+def check_free(key: str, store: FileStore) -> str:
+    """What is wrong with a run that goes on, and that nobody is to be attached to."""
+    run = durable.attach(key, store=store)
+    due = time.monotonic() + DEADLINE
+    while not run.owned:
+        if time.monotonic() > due:
+            return "we are still attached"
+        time.sleep(0.001)
+    run.detach()
+    run.wait()
+    return ""
+
+
+def count(key: str, store: FileStore) -> int:
+    """The opcodes of a start, or of reconnecting."""
+    with (tracer := Tracer(-1, FILES)):
+        run = durable.start(key, LASTS, store=store)
+    run.detach()
+    run.wait()
+    return tracer.count
+
+
+def main(place: str, mode: str, stride: int = 1) -> None:
+    signal.signal(SIGNAL, on_signal)
+    store = FileStore(place)
+    durable.run("imports", ["true"], store=store)
+    opcodes = count("counted", store)
+    if mode == "reconnect":
+        opcodes = count("counted", store)
+    by_command = mode in ("signal", "keep")
+    reached, wrong = 0, []
+    for at in range(0, opcodes + BEYOND, stride):
+        tracer = Tracer(at, FILES, signo=signal.SIGTERM if by_command else SIGNAL)
+        key = "counted" if mode == "reconnect" else f"key {at}"
+        if by_command:
+            by_signal(tracer, key, store, mode)
+        elif mode == "start":
+            before_the_handle(tracer, key, store)
+        else:
+            by_exception(tracer, key, store, "kill" if mode == "kill" else "detach")
+        reached += tracer.reached
+        if mode == "reconnect":
+            complaint = check_free(key, store)
+        else:
+            complaint = check(key, store, kept=mode in ("detach", "keep"))
+        if complaint:
+            wrong.append(f"{complaint}: interrupted at {tracer.where}")
+    durable.cancel("counted", store=store)
+    print(json.dumps({"opcodes": opcodes, "reached": reached, "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:4]))
