@@ -4,8 +4,9 @@
 
 MODE is what is interrupted, and what is to become of the run: `kill` and `detach` are those of
 `durable.run`, with an exception that a handler raises; so is `reconnect`, to a run that goes on;
-`start` is `durable.start`, with one too; `signal` and `keep` are `proctree run` without and with
-`--keep`, which gets SIGTERM. See interrupting.py.
+and `leased`, with the records in a database. `start` is `durable.start`, with such an exception.
+`signal` and `keep` are `proctree run` without and with `--keep`, which gets SIGTERM. See
+interrupting.py.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from pathlib import Path
 
 from integration.conftest import DEADLINE
 from integration.interrupting import SIGNAL, Interrupt, Tracer
-from proctree import cli, durable, latch, loop, tree
+from proctree import KillPolicy, Stage, cli, durable, latch, loop, tree
 from proctree.cli import durable as command_line
 from proctree.durable import FileStore, running
+from proctree.durable.sql import SqlStore
 
 FOLDER = Path(running.__file__).parent
-NAMES = ("__init__", "reconnecting", "running", "runs", "starting", "directory")
+NAMES = ("__init__", "reconnecting", "running", "runs", "starting", "directory", "leased", "sql")
 FILES = {str(FOLDER / f"{name}.py") for name in NAMES} | {
     command_line.__file__,
     latch.__file__,
     loop.__file__,
     tree.__file__,
 }
+Place = FileStore | SqlStore
+LEASE = 1.0
+AT_ONCE = KillPolicy((Stage(signal.SIGKILL, 0.25),))
 BEYOND = 40
 """Opcodes behind those of a start: there its end is waited for."""
 
@@ -43,15 +48,15 @@ def on_signal(_signo: int, _frame: object) -> None:
     raise Interrupt
 
 
-def by_exception(tracer: Tracer, key: str, store: FileStore, mode: str) -> None:
+def by_exception(tracer: Tracer, key: str, store: Place, mode: str) -> None:
     with contextlib.suppress(Interrupt), tracer:
-        durable.run(key, LASTS, store=store, interrupted=mode)
+        durable.run(key, LASTS, store=store, interrupted=mode, kill=AT_ONCE)
 
 
-def before_the_handle(tracer: Tracer, key: str, store: FileStore) -> None:
+def before_the_handle(tracer: Tracer, key: str, store: Place) -> None:
     run = None
     with contextlib.suppress(Interrupt), tracer:
-        run = durable.start(key, LASTS, store=store)
+        run = durable.start(key, LASTS, store=store, kill=AT_ONCE)
     if run is not None:
         run.kill()
         run.wait()
@@ -64,6 +69,20 @@ def by_signal(tracer: Tracer, key: str, store: FileStore, mode: str) -> None:
         status = cli.main(["run", *options, "--", *LASTS])
         if tracer.reached and status != 128 + signal.SIGTERM:
             raise AssertionError(f"exit status {status}")
+
+
+def check_leased(key: str, store: SqlStore) -> str:
+    """A claim that was lost on its way is not renewed, and so free when its lease is over."""
+    assert store.local is not None
+    if store.local.claimed(key):
+        return "it runs on, or our lock does"
+    due = time.monotonic() + DEADLINE
+    while (claim := store.claim(key)) is None:
+        if time.monotonic() > due:
+            return "its lease is renewed for ever"
+        time.sleep(0.01)
+    claim.release()
+    return ""
 
 
 def check(key: str, store: FileStore, *, kept: bool) -> str:
@@ -92,10 +111,10 @@ def check_free(key: str, store: FileStore) -> str:
     return ""
 
 
-def count(key: str, store: FileStore) -> int:
+def count(key: str, store: Place) -> int:
     """The opcodes of a start, or of reconnecting."""
     with (tracer := Tracer(-1, FILES)):
-        run = durable.start(key, LASTS, store=store)
+        run = durable.start(key, LASTS, store=store, kill=AT_ONCE)
     run.detach()
     run.wait()
     return tracer.count
@@ -103,8 +122,10 @@ def count(key: str, store: FileStore) -> int:
 
 def main(place: str, mode: str, stride: int = 1) -> None:
     signal.signal(SIGNAL, on_signal)
-    store = FileStore(place)
-    durable.run("imports", ["true"], store=store)
+    local = FileStore(place)
+    leased = SqlStore(f"sqlite:///{place}.records", lease=LEASE, local=local)
+    store: Place = leased if mode == "leased" else local
+    durable.run("imports", ["true"], store=store, kill=AT_ONCE)
     opcodes = count("counted", store)
     if mode == "reconnect":
         opcodes = count("counted", store)
@@ -114,19 +135,21 @@ def main(place: str, mode: str, stride: int = 1) -> None:
         tracer = Tracer(at, FILES, signo=signal.SIGTERM if by_command else SIGNAL)
         key = "counted" if mode == "reconnect" else f"key {at}"
         if by_command:
-            by_signal(tracer, key, store, mode)
+            by_signal(tracer, key, local, mode)
         elif mode == "start":
             before_the_handle(tracer, key, store)
         else:
-            by_exception(tracer, key, store, "kill" if mode == "kill" else "detach")
+            by_exception(tracer, key, store, "kill" if mode in ("kill", "leased") else "detach")
         reached += tracer.reached
         if mode == "reconnect":
-            complaint = check_free(key, store)
+            complaint = check_free(key, local)
+        elif mode == "leased":
+            complaint = check_leased(key, leased)
         else:
-            complaint = check(key, store, kept=mode in ("detach", "keep"))
+            complaint = check(key, local, kept=mode in ("detach", "keep"))
         if complaint:
             wrong.append(f"{complaint}: interrupted at {tracer.where}")
-    durable.cancel("counted", store=store)
+    durable.cancel("counted", store=local)
     print(json.dumps({"opcodes": opcodes, "reached": reached, "wrong": wrong}))
 
 

@@ -378,6 +378,8 @@ def main() -> None:
     reconnecting.PATIENCE = 2.0
     reconnecting.ANSWER_SECONDS = 1.0
     sql.BUSY_SECONDS = sql.CONFLICT_SECONDS = 1.0
+    # On the thread whose calls are made to fail, as when there can be no other one.
+    sql.untorn = lambda work: work()  # type: ignore[assignment]
     listen(events)
     threading.excepthook = lambda died: events.append(f"defect: {died.thread} died: {died}")
     unharmed = Unharmed()

@@ -486,7 +486,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch: p
         tcp = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
         found = [(*tcp, ("127.0.0.1", silent)), (*tcp, listener.getsockname())]
         monkeypatch.setattr(connecting.socket, "getaddrinfo", lambda *_a, **_k: found)
-        connect("two.example", 80, connecting.time.monotonic() + 1.0).end()
+        connect("two.example", 80, connecting.time.monotonic() + 4.0).end()
 
 
 def test_a_descriptor_that_cannot_be_had_is_trouble(monkeypatch: pytest.MonkeyPatch):

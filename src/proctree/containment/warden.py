@@ -280,17 +280,13 @@ class WardenContained(Contained):
         path = warden_path()
         # Nothing may interrupt the children before they have put their signals in order.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        for fd in self._kept:
-            fds.disown(fd)  # a fork closes what we own, and these are for the warden
         try:
-            with step("fork"):
+            with step("fork"), fds.sparing(self._kept):
                 pid = os.fork()
             if pid == 0:
                 kept = self._kept
                 become_warden(birth, path, arguments, command, stdio, control, calls, kept)
         finally:
-            for fd in self._kept:
-                fds.own(fd)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
 

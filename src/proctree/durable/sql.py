@@ -21,6 +21,7 @@ import random
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -31,6 +32,7 @@ from proctree.durable.here import Here
 from proctree.durable.keys import check_key
 from proctree.durable.recording import Exit, Request, Unreadable, escape, unescape
 from proctree.durable.store import Attempt, Claim, Store
+from proctree.durable.untorn import untorn
 from proctree.errors import errno_name
 from proctree.process import proof
 
@@ -426,6 +428,9 @@ class SqlStore(Store):
             StoreUnusable: it failed for another reason, or too often.
             IntegrityError: a row was there already.
         """
+        return untorn(lambda: self._try(step, work))
+
+    def _try(self, step: str, work: Callable[[sa.Connection], _T]) -> _T:
         deadline = time.monotonic() + CONFLICT_SECONDS
         while True:
             try:
@@ -561,6 +566,21 @@ def _attempt(row: Any) -> Attempt:
     )
 
 
+def _repeat(
+    step: Callable[[SqlClaim], float | None],
+    known: weakref.ref[SqlClaim],
+    closing: threading.Event,
+    pause: float,
+) -> None:
+    """A thread of a claim's: after each pause a step, which answers the next one. It ends when that
+    answers None, when the claim is given back, and when nobody has it any more."""
+    left: float | None = pause
+    while left is not None and not closing.wait(left):
+        claim = known()
+        left = None if claim is None else step(claim)
+        del claim
+
+
 class SqlClaim(Claim):
     """A key, held by a lease that a thread renews.
 
@@ -588,10 +608,21 @@ class SqlClaim(Claim):
         self._lock = threading.Lock()
         self._why = ""
         self._closing = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, name="proctree-lease", daemon=True)
+        self._renewer = self._thread(SqlClaim._renew, store.lease / RENEWALS)
         # One that only looks at the clock: the other one may hang in the network for as long as
         # that likes to.
-        self._sentinel = threading.Thread(target=self._watch, name="proctree-lease", daemon=True)
+        self._sentinel = self._thread(SqlClaim._watch, 0.0)
+
+    def _thread(self, step: Callable[[SqlClaim], float | None], pause: float) -> threading.Thread:
+        # It does not keep the claim alive: what nobody has any more, since a signal handler has
+        # raised on its way to them, is not renewed for ever.
+        claim = weakref.ref(self)
+        return threading.Thread(
+            target=_repeat,
+            args=(step, claim, self._closing, pause),
+            name="proctree-lease",
+            daemon=True,
+        )
 
     def begin_renewing(self) -> None:
         """Raises RuntimeError: there can be no thread for it."""
@@ -731,23 +762,20 @@ class SqlClaim(Claim):
 
     # -- the lease
 
-    def _renew(self) -> None:
-        """Renews it; on errors more often, for as long as it lasts."""
-        delay = self._store.lease / RENEWALS
-        while not self._closing.wait(delay) and not self.lost:
-            sent = boottime()
-            try:
-                mine = self._store._transact("renew the lease", self._count_up)
-            except (StoreUnusable, exc.IntegrityError) as error:
-                events.warning("durable.not_renewed", key=self.key, error=str(error))
-                delay = self._store.lease / (10 * RENEWALS)
-                continue
-            if not mine:
-                return self._lose("another supervisor has taken over")
-            if not self._prolong(sent + self._length):
-                return None
-            delay = self._store.lease / RENEWALS
-        return None
+    def _renew(self) -> float | None:
+        """Seconds to the next renewal: on errors they come more often, for as long as it lasts."""
+        if self.lost:
+            return None
+        sent = boottime()
+        try:
+            mine = self._store._transact("renew the lease", self._count_up)
+        except (StoreUnusable, exc.IntegrityError) as error:
+            events.warning("durable.not_renewed", key=self.key, error=str(error))
+            return self._store.lease / (10 * RENEWALS)
+        if not mine:
+            self._lose("another supervisor has taken over")
+            return None
+        return self._store.lease / RENEWALS if self._prolong(sent + self._length) else None
 
     def _prolong(self, expires: float) -> bool:
         """False when it was lost before the answer came: it is not taken back."""
@@ -760,15 +788,15 @@ class SqlClaim(Claim):
             self._call(function, left)
         return True
 
-    def _watch(self) -> None:
-        while not self._closing.is_set():
-            left = self.expires - boottime()
-            if self._why or left <= 0:
-                return self._lose("the lease was not renewed in time")
-            # In small pieces: what waits here stands still while the machine is suspended, and the
-            # lease does not.
-            self._closing.wait(min(left, max(self._store.lease / 20, 0.05)))
-        return None
+    def _watch(self) -> float | None:
+        """Seconds to the next look."""
+        left = self.expires - boottime()
+        if self._why or left <= 0:
+            self._lose("the lease was not renewed in time")
+            return None
+        # In small pieces: what waits here stands still while the machine is suspended, and the
+        # lease does not.
+        return min(left, max(self._store.lease / 20, 0.05))
 
     def _lose(self, why: str) -> None:
         with self._lock:

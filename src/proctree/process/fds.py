@@ -20,10 +20,13 @@ import select
 import socket
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _owned: set[int] = set()
 _files: list[weakref.ref[File]] = []
+_spared: tuple[int, ...] = ()
+_kept: list[File] = []
+"""In a forked child: the end of such an object would close what is not its own any more."""
 _lock = threading.RLock()
 _after_fork: list[Callable[[], None]] = []
 
@@ -56,6 +59,8 @@ class File(io.FileIO):
     exception that a signal handler raises may come between any call and its `finally`. It must not
     come here instead, where it would be lost: so no `__del__`, and nothing that a WeakSet calls.
 
+    Made with the lock.
+
     Args:
         fd: open for reading and writing, close-on-exec. It is the object's from now on.
     """
@@ -64,6 +69,18 @@ class File(io.FileIO):
         super().__init__(fd, "r+")
         _files[:] = [known for known in _files if known() is not None]
         _files.append(weakref.ref(self))
+
+
+@contextlib.contextmanager
+def sparing(numbers: tuple[int, ...]) -> Iterator[None]:
+    """With the lock: a child that is forked in here keeps these owned ones open. They are its own
+    then, by their numbers."""
+    global _spared
+    _spared = numbers
+    try:
+        yield
+    finally:
+        _spared = ()
 
 
 def above_stdio(fd: int) -> int:
@@ -137,14 +154,17 @@ def _child() -> None:
     # fork a function ourselves, and no other thread here would ever get it.
     global _lock
     _lock = threading.RLock()
-    for fd in _owned:
+    for fd in _owned.difference(_spared):
         with contextlib.suppress(OSError):
             os.close(fd)
     _owned.clear()
-    for known in _files:
-        if (file := known()) is not None:
+    for file in [file for known in _files if (file := known()) and not file.closed]:
+        if file.fileno() in _spared:
+            _kept.append(file)
+        else:
             with contextlib.suppress(OSError):
                 file.close()
+    _files.clear()
     for function in _after_fork:
         function()
 
