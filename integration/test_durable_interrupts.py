@@ -19,7 +19,7 @@ import pytest
 from integration.conftest import HERE
 
 STRIDE = 1 if os.environ.get("PROCTREE_CRASH_POINTS") == "all" else 11
-LEASED = 12
+LEASED = 3
 """As many times fewer with a database: a claim that was lost on its way is waited for."""
 
 
