@@ -77,18 +77,17 @@ def by_signal(tracer: Tracer, key: str, store: FileStore, mode: str) -> None:
             raise AssertionError(f"exit status {status}")
 
 
-def check_leased(key: str, store: SqlStore) -> str:
-    """A claim that was lost on its way is not renewed, and so free when its lease is over."""
-    assert store.local is not None
-    if store.local.claimed(key):
-        return "it runs on, or our lock does"
+def still_leased(keys: set[str], store: SqlStore) -> set[str]:
+    """A claim that was lost on its way is not renewed, and so free when its lease is over. All are
+    waited for at once."""
     due = time.monotonic() + DEADLINE
-    while (claim := store.claim(key)) is None:
-        if time.monotonic() > due:
-            return "its lease is renewed for ever"
+    while keys and time.monotonic() < due:
+        for key in sorted(keys):
+            if (claim := store.claim(key)) is not None:
+                claim.release()
+                keys = keys - {key}
         time.sleep(0.01)
-    claim.release()
-    return ""
+    return keys
 
 
 def check(key: str, store: FileStore, *, kept: bool) -> str:
@@ -136,6 +135,7 @@ def main(place: str, mode: str, stride: int = 1) -> None:
     if mode == "reconnect":
         opcodes = count("counted", store)
     by_command = mode in ("signal", "keep")
+    tried: dict[str, str] = {}
     reached, wrong = 0, []
     for at in range(0, opcodes + BEYOND, stride):
         tracer = Tracer(at, FILES, signo=signal.SIGTERM if by_command else SIGNAL)
@@ -147,14 +147,16 @@ def main(place: str, mode: str, stride: int = 1) -> None:
         else:
             by_exception(tracer, key, store, "kill" if mode in ("kill", "leased") else "detach")
         reached += tracer.reached
+        tried[key] = tracer.where
         if mode == "reconnect":
             complaint = check_free(key, local)
-        elif mode == "leased":
-            complaint = check_leased(key, leased)
         else:
             complaint = check(key, local, kept=mode in ("detach", "keep"))
         if complaint:
             wrong.append(f"{complaint}: interrupted at {tracer.where}")
+    if mode == "leased":
+        left = still_leased(set(tried), leased)
+        wrong += [f"its lease is renewed for ever: interrupted at {tried[key]}" for key in left]
     durable.cancel("counted", store=local)
     print(json.dumps({"opcodes": opcodes, "reached": reached, "wrong": wrong}))
 

@@ -23,7 +23,15 @@ from integration.databases import Server, postgresql
 from integration.durable_runs import SAY_THE_END, SLEEPER, Job, Supervisor, disconnect
 from proctree import CAPTURE, KillPolicy, Reason, Stage, durable, registry
 from proctree.containment.warden import WARDEN_VARIABLE, warden_path
-from proctree.durable import DifferentTarget, FileStore, NotOwner, NotRunning, Run, UnknownKey
+from proctree.durable import (
+    DifferentTarget,
+    FileStore,
+    NotOwner,
+    NotRunning,
+    Run,
+    UnknownKey,
+    leased,
+)
 from proctree.durable.leased import LeasedRun, RunElsewhere
 from proctree.durable.recording import Cause
 from proctree.durable.sql import SqlStore, boottime
@@ -34,7 +42,7 @@ LONG = 600.0
 SHORT = 3.0
 """One that does, and is for those alone who are to lose it: on a busy machine it runs out for a
 living holder too."""
-KEPT = 15.0
+KEPT = 10.0
 """One that would, and is renewed: beside somebody's fork bomb that may come seconds late."""
 QUICK = KillPolicy((Stage(15, 0.2), Stage(9, 0.5)))
 
@@ -48,6 +56,12 @@ class Machine:
 
     def store(self, lease: float = LONG) -> SqlStore:
         return SqlStore(self.url, lease=lease, local=self.local)
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a long lease what runs elsewhere is looked at every few seconds."""
+    monkeypatch.setattr(leased, "LOOK_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -25,7 +25,15 @@ import sqlalchemy as sa
 from integration.conftest import DEADLINE, eventually, in_thread
 from integration.sql_holder import request
 from proctree import KillPolicy, Reason, Stage, durable
-from proctree.durable import FileStore, NotRunning, Run, StoreUnusable, UnknownKey, reconnecting
+from proctree.durable import (
+    FileStore,
+    NotRunning,
+    Run,
+    StoreUnusable,
+    UnknownKey,
+    leased,
+    reconnecting,
+)
 from proctree.durable.leased import RunElsewhere
 from proctree.durable.recording import Exit
 from proctree.durable.sql import SqlStore
@@ -33,7 +41,7 @@ from proctree.durable.sql import SqlStore
 LONG = 600.0
 """A lease that does not run out in a test."""
 SHORT = 1.5
-KEPT = 15.0
+KEPT = 10.0
 """One that is renewed: beside somebody's fork bomb that may come seconds late."""
 QUICK = KillPolicy((Stage(15, 0.1), Stage(9, 0.2)))
 SLEEPER = ["sleep", "1000"]
@@ -53,6 +61,12 @@ class Machine:
         for listed in durable.list(self.local):
             if listed.claimed:
                 durable.cancel(listed.key, store=self.local)
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a long lease what runs elsewhere is looked at every few seconds."""
+    monkeypatch.setattr(leased, "LOOK_SECONDS", 0.2)
 
 
 @pytest.fixture
