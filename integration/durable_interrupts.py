@@ -41,8 +41,11 @@ FILES = {str(FOLDER / f"{name}.py") for name in NAMES} | {
     pool.__file__,
 }
 Place = FileStore | SqlStore
-LEASE = 0.6
-AT_ONCE = KillPolicy((Stage(signal.SIGKILL, 0.15),))
+LEASE = 8.0
+AT_ONCE = KillPolicy((Stage(signal.SIGKILL, LEASE / 4),))
+ENDING = LEASE / 2
+"""Seconds that an ending may take which a slow machine did not get done in the time of that policy;
+less than it takes the lease to end it."""
 BEYOND = 40
 """Opcodes behind those of a start: there its end is waited for."""
 
@@ -93,7 +96,10 @@ def still_leased(keys: set[str], store: SqlStore) -> set[str]:
 def check(key: str, store: FileStore, *, kept: bool) -> str:
     """What is wrong."""
     attempts = store.attempts(key) if key in store.keys() else []  # noqa: SIM118
-    if not store.claimed(key):
+    due = time.monotonic() + (0 if kept else ENDING)
+    while (claimed := store.claimed(key)) and time.monotonic() < due:
+        time.sleep(0.01)
+    if not claimed:
         # It was not started, or it was ended.
         ended = [attempt for attempt in attempts if attempt.exit is not None]
         return "it was ended" if kept and ended else ""
