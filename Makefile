@@ -45,7 +45,7 @@ demo: $(VENV)/.installed
 	$(RUN) demo/heartbeat_409.py
 
 # Most tests wait for events most of the time: more workers than processors have something to do.
-WORKERS := 4
+WORKERS := 3
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(VENV)/.prctl .tools lint

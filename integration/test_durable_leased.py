@@ -42,7 +42,7 @@ LONG = 600.0
 SHORT = 3.0
 """One that does, and is for those alone who are to lose it: on a busy machine it runs out for a
 living holder too."""
-KEPT = 10.0
+KEPT = 15.0
 """One that would, and is renewed: beside somebody's fork bomb that may come seconds late."""
 QUICK = KillPolicy((Stage(15, 0.2), Stage(9, 0.5)))
 

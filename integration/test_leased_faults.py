@@ -41,7 +41,7 @@ from proctree.durable.sql import SqlStore
 LONG = 600.0
 """A lease that does not run out in a test."""
 SHORT = 1.5
-KEPT = 10.0
+KEPT = 15.0
 """One that is renewed: beside somebody's fork bomb that may come seconds late."""
 QUICK = KillPolicy((Stage(15, 0.1), Stage(9, 0.2)))
 SLEEPER = ["sleep", "1000"]
