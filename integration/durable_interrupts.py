@@ -95,7 +95,7 @@ def still_leased(keys: set[str], store: SqlStore) -> set[str]:
 
 def check(key: str, store: FileStore, *, kept: bool) -> str:
     """What is wrong."""
-    attempts = store.attempts(key) if key in store.keys() else []  # noqa: SIM118
+    attempts = store.attempts(key)
     due = time.monotonic() + (0 if kept else ENDING)
     while (claimed := store.claimed(key)) and time.monotonic() < due:
         time.sleep(0.01)

@@ -20,7 +20,7 @@ from integration.conftest import HERE
 
 STRIDE = 1 if os.environ.get("PROCTREE_CRASH_POINTS") == "all" else 11
 LEASED = 3
-"""As many times fewer with a database: a claim that was lost on its way is waited for."""
+"""As many times fewer with a database: its transactions take their time."""
 
 
 @pytest.mark.parametrize("mode", ["kill", "detach", "start", "reconnect", "signal", "keep"])

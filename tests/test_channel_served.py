@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from channel_ends import DEADLINE, Client, Ends, Stuck, Told, eventually, frame, framed, told, warm
+from forks import is_open
 from proctree.channel import (
     Answer,
     Caller,
@@ -848,14 +849,6 @@ def high_fd() -> int:
     """Of /dev/null, at a number that nobody else gets soon."""
     with open("/dev/null") as file:
         return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 700)
-
-
-def is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("inline", [False, True])

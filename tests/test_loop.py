@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import pytest
 
 import proctree
+from forks import in_child, is_open
 from proctree import loop as loop_module
 from proctree.loop import READ, Loop
 from proctree.process import fds
@@ -375,30 +375,6 @@ def test_a_full_wake_counter_is_no_trouble(loop):
 
 
 # -- forks of the host program
-
-
-def in_child(function: Callable[[], Any]) -> Any:
-    """What the function returns in a forked child."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, json.dumps(function()).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as file:
-        answer = file.read()
-    os.waitpid(pid, 0)
-    return json.loads(answer)
-
-
-def is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def test_a_forked_child_has_no_loop_and_none_of_its_descriptors(loop, pipes):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
 import types
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
+from forks import in_child
 from proctree.process import prctl
 from proctree.process.prctl import LibcPrctl, PackagePrctl
 
@@ -23,22 +21,6 @@ WAYS = [
         marks=pytest.mark.skipif(find_spec("prctl") is None, reason="python-prctl is missing"),
     ),
 ]
-
-
-def in_child(function: Callable[[], Any]) -> Any:
-    """What the function returns in a forked child."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.write(writer, json.dumps(function()).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as file:
-        answer = file.read()
-    os.waitpid(pid, 0)
-    return json.loads(answer)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from proctree import events
-from proctree import loop as _loop
 from proctree.command import Command
 from proctree.containment.attached import AttachedContained
 from proctree.containment.reaching import NOBODY_THERE, Link, reach
@@ -18,7 +17,7 @@ from proctree.durable.errors import StillRunning
 from proctree.durable.following import Followed, deliver
 from proctree.durable.results import Captured, outcome_of
 from proctree.durable.running import Live, Run, watcher_policy
-from proctree.durable.starting import make_tree
+from proctree.durable.starting import launch, make_tree
 from proctree.durable.store import Attempt
 from proctree.durable.table import Found
 from proctree.durable.wish import Wish
@@ -140,58 +139,38 @@ def attached(
     )
     contained.place = attempt.place
     try:
-        return _attached(attempt, link, contained, wish, key, logs, store, make)
+        if wish is not None:
+            leftovers = wish.leftovers
+        else:
+            leftovers = Leftovers.KILL if link.ends else Leftovers.WAIT
+        merged = wish is not None and wish.merged
+        followed = Followed(
+            None, logs, attempt.place, writes=False, merged=merged, cursor=link.owned
+        )
+        name = request.target if wish is None else wish.command.name
+        command = Command(argv=(), function=None, name=name, cwd=None, env={})
+        tree = make_tree(command, contained, followed, wish, watcher_policy(link.owned, leftovers))
+        run = make(key, attempt, request, reconnected=True, store=store)
+        timeout = None if wish is None else wish.timeout
+        live = run._live = Live(tree, contained, followed, timeout, leftovers)
+        _launch(tree, contained, (lambda: None) if wish is None else lambda: wish.made(run))
+        live.arm()
+        events.debug(
+            "durable.reconnected",
+            key=key,
+            attempt=attempt.number,
+            tree_id=request.tree_id,
+            owned=link.owned,
+        )
+        return run
     except BaseException:
         # Without a handle nobody would let go of it, and who is attached keeps the run alive.
         contained.give_back()
         raise
 
 
-def _attached(
-    attempt: Attempt,
-    link: Link,
-    contained: AttachedContained,
-    wish: Wish | None,
-    key: str,
-    logs: Any,
-    store: FileStore,
-    make: type[Run],
-) -> Run:
-    request = attempt.request
-    assert request is not None
-    if wish is not None:
-        leftovers = wish.leftovers
-    else:
-        leftovers = Leftovers.KILL if link.ends else Leftovers.WAIT
-    merged = wish is not None and wish.merged
-    followed = Followed(None, logs, attempt.place, writes=False, merged=merged, cursor=link.owned)
-    name = request.target if wish is None else wish.command.name
-    command = Command(argv=(), function=None, name=name, cwd=None, env={})
-    tree = make_tree(command, contained, followed, wish, watcher_policy(link.owned, leftovers))
-    run = make(key, attempt, request, reconnected=True, store=store)
-    timeout = None if wish is None else wish.timeout
-    live = run._live = Live(tree, contained, followed, timeout, leftovers)
-    _launch(tree, contained, (lambda: None) if wish is None else lambda: wish.made(run))
-    live.arm()
-    events.debug(
-        "durable.reconnected",
-        key=key,
-        attempt=attempt.number,
-        tree_id=request.tree_id,
-        owned=link.owned,
-    )
-    return run
-
-
 def _launch(tree: Tree, contained: AttachedContained, made: Callable[[], object]) -> None:
-    loop = _loop.get()
-    try:
-        tree.launch(loop)
-        tree.started.wait()
-        made()
-    except BaseException:
-        tree.let_go(loop)
-        raise
+    launch(tree, made, keep=True)
     if tree.start_error is not None:
         tree.closed.wait()
         if contained.give_back():

@@ -179,7 +179,8 @@ def start(
         run = make(wish.key, attempt, request, reconnected=False, store=store)
         live = run._live = Live(tree, contained, followed, wish.timeout, wish.leftovers)
         try:
-            _launch(tree, lambda: wish.made(run), keep=wish.keep)
+            launch(tree, lambda: wish.made(run), keep=wish.keep)
+            _require_start(tree)
         except BaseException:
             _record_failure(claim, attempt, tree)
             raise
@@ -207,9 +208,9 @@ def make_tree(
     )
 
 
-def _launch(tree: _tree.Tree, made: Callable[[], object], *, keep: bool) -> None:
-    """As `WatchedSubprocess.launch`; but with `keep` an interrupt lets go of what was started. What
-    comes behind `made` is the concern of whoever was told by that."""
+def launch(tree: _tree.Tree, made: Callable[[], object], *, keep: bool) -> None:
+    """Returns when its main process runs, or cannot be started. An interrupt ends it; with `keep` it
+    lets go of it. What comes behind `made` is the concern of whoever was told by that."""
     loop = _loop.get()
     try:
         tree.launch(loop)
@@ -222,6 +223,9 @@ def _launch(tree: _tree.Tree, made: Callable[[], object], *, keep: bool) -> None
             tree.kill(loop, Reason.KILLED, "interrupted", None)
             tree.closed.wait()
         raise
+
+
+def _require_start(tree: _tree.Tree) -> None:
     if tree.start_error is not None:
         tree.closed.wait()
         raise tree.start_error
