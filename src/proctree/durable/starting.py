@@ -209,8 +209,8 @@ def make_tree(
 
 
 def launch(tree: _tree.Tree, made: Callable[[], object], *, keep: bool) -> None:
-    """Returns when its main process runs, or cannot be started. An interrupt ends it; with `keep` it
-    lets go of it. What comes behind `made` is the concern of whoever was told by that."""
+    """Returns when its main process runs, or cannot be started. An interrupt ends it, or lets go of
+    it with `keep`. What comes behind `made` is the concern of whoever was told by that."""
     loop = _loop.get()
     try:
         tree.launch(loop)
